@@ -42,8 +42,7 @@ class Spec:
             object.__setattr__(self, field.name, value)
             if not _matches(value, hint):
                 raise SpecError(
-                    f"{type(self).__name__}: {field.name} is {value!r}; "
-                    f"wanted {_describe(hint)}"
+                    f"{type(self).__name__}: {field.name} is {value!r}; wanted {_describe(hint)}"
                 )
         self.check()
 
