@@ -47,9 +47,8 @@ class RowGroups:
 
         Under autocast, operands are cast as ``torch.nn.functional.linear`` would cast them.
         """
-        rows_RI, weight_EOI, bias_EO = _autocast(rows_RI, weight_EOI, bias_EO)
-        out_RO = self.product(rows_RI, weight_EOI)
-        return out_RO if bias_EO is None else out_RO + self.of_row(bias_EO)
+        out_RO = self.product(_autocast(rows_RI), _autocast(weight_EOI))
+        return out_RO if bias_EO is None else out_RO + self.of_row(_autocast(bias_EO))
 
     def product(self, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
         """The grouped product without bias."""
@@ -73,7 +72,7 @@ class GroupedMM(RowGroups):
     def product(self, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
         if not fits_grouped_mm(rows_RI, weight_EOI):
             return super().product(rows_RI, weight_EOI)
-        return _GroupedMM.apply(rows_RI, weight_EOI, self.end_E)
+        return _GroupedMM.apply(rows_RI, weight_EOI, self.end_E)  # type: ignore[no-untyped-call]
 
 
 class PaddedGroups(RowGroups):
@@ -111,9 +110,9 @@ def fits_grouped_mm(rows_RI: Tensor, weight_EOI: Tensor) -> bool:
     It wants float32, bfloat16 or float16 and row strides of a multiple of 16 bytes; tracing with
     fake tensors accepts bfloat16 only (torch 2.13), so float32 under ``torch.compile`` loops.
     """
-    allowed = (torch.float32, torch.bfloat16, torch.float16)
+    allowed = {torch.float32, torch.bfloat16, torch.float16}
     if rows_RI.device.type == "cuda":
-        allowed = (torch.bfloat16,)
+        allowed = {torch.bfloat16}
     if rows_RI.dtype not in allowed or rows_RI.dtype != weight_EOI.dtype:
         return False
     if torch.compiler.is_compiling() and rows_RI.dtype != torch.bfloat16:
@@ -148,9 +147,8 @@ class _GroupedMM(torch.autograd.Function):
         return grad_rows_RI, grad_weight_EOI, None
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+def _autocast(tensor: Tensor) -> Tensor:
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
