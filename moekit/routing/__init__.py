@@ -1,5 +1,6 @@
 """Who computes: routers, and the losses that keep them balanced."""
 
+from moekit.routing.dense_warmup import DenseWarmup, DenseWarmupRouter
 from moekit.routing.expert_choice import ExpertChoice, ExpertChoiceRouter
 from moekit.routing.hash import Hash, HashRouter
 from moekit.routing.l1_balance import L1Balance, L1BalanceLoss
@@ -24,6 +25,8 @@ __all__ = [
     "ZERO_COMPUTATION",
     "Batch",
     "Carry",
+    "DenseWarmup",
+    "DenseWarmupRouter",
     "Entropy",
     "ExpertChoice",
     "ExpertChoiceRouter",

@@ -43,6 +43,7 @@ class L1Balance(LossSpec):
         super().check()
         self.require(self.k > 0, f"k is {self.k}; wanted a positive target")
         self.require(self.initial > 0, f"initial is {self.initial}; wanted a positive λ")
+        self.require(not self.then, "its coefficient is controlled; leave then empty")
         self.require(self.alpha > 1, f"alpha is {self.alpha}; wanted more than 1")
 
     def check_layer(self, router: RouterSpec, kinds: tuple[str, ...]) -> None:

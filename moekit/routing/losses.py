@@ -61,14 +61,23 @@ class LossSpec(Spec):
     Attributes:
         weight: coefficient in the training loss.
         scope: ``layer`` or ``global``; see the module docstring.
+        then: ``(step, weight)`` pairs in order: after that many optimiser steps, the coefficient
+            is that weight. AdaMoE anneals 0.02 to 0.0001 after its first epoch.
     """
 
     abstract: ClassVar[bool] = True
     weight: float = 0.01
     scope: Literal["layer", "global"] = "layer"
+    then: tuple[tuple[int, float], ...] = ()
 
     def check(self) -> None:
-        self.require(self.weight >= 0, f"weight is {self.weight}; wanted 0 or more")
+        weights = [self.weight, *(weight for _, weight in self.then)]
+        self.require(min(weights) >= 0, f"weight is {min(weights)}; wanted 0 or more")
+        starts = [0, *(step for step, _ in self.then)]
+        self.require(
+            all(a < b for a, b in zip(starts, starts[1:], strict=False)),
+            f"then has the steps {starts[1:]}; wanted positive steps in rising order",
+        )
 
     needs: ClassVar[tuple[str, ...]] = ("probabilities",)
 
@@ -92,10 +101,14 @@ class LossSpec(Spec):
 class Loss(nn.Module):
     """Base of every loss module: unscaled value of one :class:`Batch`, and a coefficient."""
 
+    step: Tensor
+
     def __init__(self, spec: LossSpec, site: Site) -> None:
         super().__init__()
         self.spec = spec
         self.kinds = site.kinds
+        if spec.then:
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     @property
     def name(self) -> str:
@@ -103,8 +116,13 @@ class Loss(nn.Module):
         return type(self.spec).__name__
 
     def coefficient(self) -> float | Tensor:
-        """Factor of the loss in the training loss."""
-        return self.spec.weight
+        """Factor of the loss in the training loss; a tensor if it changes during training."""
+        if not self.spec.then:
+            return self.spec.weight
+        value = torch.as_tensor(self.spec.weight, device=self.step.device)
+        for start, weight in self.spec.then:
+            value = torch.where(self.step >= start, weight, value)
+        return value
 
     def forward(self, batch: Batch) -> Tensor:
         """The unscaled loss."""
@@ -116,6 +134,8 @@ class Loss(nn.Module):
 
     def update(self, loads: Sequence[Load]) -> None:
         """Change state once an optimiser step, given each layer's load of that step."""
+        if self.spec.then:
+            self.step += 1
 
 
 # --- balance ------------------------------------------------------------------------------------

@@ -144,12 +144,16 @@ class TopKRouter(KeepsFloat32, Router):
 
     def select(self, scores_NE: Tensor) -> Tensor:
         """Ids (N, K) of the chosen experts, best first."""
+        return self.best(scores_NE, self.spec.k)
+
+    def best(self, scores_NE: Tensor, k: int) -> Tensor:
+        """Ids (N, k) of the best experts after the balancing bias and the group limit."""
         ranking_NE = scores_NE.detach()
         if self.spec.bias_rate > 0:
             ranking_NE = ranking_NE + self.correction_bias_E
         if self.spec.groups > 1:
             ranking_NE = self._within_top_groups(ranking_NE)
-        return ranking_NE.topk(self.spec.k, dim=-1).indices
+        return ranking_NE.topk(k, dim=-1).indices
 
     def combine_weights(self, scores_NE: Tensor, expert_NK: Tensor) -> Tensor:
         """Weights (N, K) of the chosen experts."""
