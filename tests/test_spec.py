@@ -292,10 +292,14 @@ def test_a_mapping_is_refused_where_no_spec_is_wanted(name: str) -> None:
         Shape.from_dict({"kind": kind, name: {"kind": "Circle"}})
 
 
-def test_a_mapping_is_refused_where_two_families_are_possible() -> None:
-    assert Painted(Red()).part == Red()
-    with pytest.raises(SpecError, match="a mapping was given where Shape or Colour is wanted"):
-        Painted.from_dict({"part": {"kind": "Red"}})
+@pytest.mark.parametrize("part", [Circle(2.0), Square(), Red(3)])
+def test_the_kind_chooses_among_the_families_of_a_field(part: Shape | Colour) -> None:
+    assert Painted.from_dict(through_json(Painted(part))) == Painted(part)
+
+
+def test_a_kind_of_none_of_the_families_of_a_field_is_refused() -> None:
+    with pytest.raises(SpecError, match="'Drawing' is not a Shape"):
+        Painted.from_dict({"part": {"kind": "Drawing"}})
 
 
 def test_a_spec_error_can_be_caught_as_moekits_own_or_as_a_value_error() -> None:
