@@ -11,6 +11,7 @@ averaging computes, is then the loss of the global batch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -75,7 +76,7 @@ class LossSpec(Spec):
         self.require(min(weights) >= 0, f"weight is {min(weights)}; wanted 0 or more")
         starts = [0, *(step for step, _ in self.then)]
         self.require(
-            all(a < b for a, b in zip(starts, starts[1:], strict=False)),
+            all(a < b for a, b in itertools.pairwise(starts)),
             f"then has the steps {starts[1:]}; wanted positive steps in rising order",
         )
 
