@@ -1,0 +1,41 @@
+"""Every system by name: those of this version, and those that are specified but not built."""
+
+from __future__ import annotations
+
+from moekit.errors import SpecError
+from moekit.spec import suggestion
+from moekit.systems.adamoe import ADAMOE
+from moekit.systems.baselines import BASELINES
+from moekit.systems.moepp import MOEPP
+from moekit.systems.planned import PLANNED
+from moekit.systems.remoe import REMOE
+from moekit.systems.system import System
+
+DEFAULT_DESIGNS = ("dense", "topk", "adamoe", "moepp", "remoe")
+
+
+def baselines() -> tuple[System, ...]:
+    """The plain designs."""
+    return BASELINES
+
+
+def systems() -> tuple[System, ...]:
+    """The published systems, available ones first."""
+    return (MOEPP, ADAMOE, REMOE, *PLANNED)
+
+
+def find(name: str) -> System:
+    """The system or baseline of that name.
+
+    Raises:
+        SpecError: there is none, or this version does not have it yet.
+    """
+    known = {system.name: system for system in (*baselines(), *systems())}
+    if name not in known:
+        raise SpecError(
+            f"{name!r} is no design or system; `moekit systems` lists them"
+            + suggestion(name, known)
+        )
+    if not known[name].available:
+        raise SpecError(f"{name} is specified but not part of this version of moekit")
+    return known[name]
