@@ -200,8 +200,8 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[Document]:
         raise DataError(f"{path} cannot be read as parquet: {_reason(error)}") from error
 
 
-def file_bytes(path: Path) -> int:
-    """About how many bytes of text ``path`` holds: its size on disk, or a parquet's unpacked."""
+def file_bytes(path: Path, columns: Columns) -> int:
+    """About how many bytes of text ``path`` holds: its size, or that of a parquet's text column."""
     if not path.name.lower().endswith(".parquet"):
         return path.stat().st_size
     import pyarrow as pa
@@ -209,11 +209,11 @@ def file_bytes(path: Path) -> int:
 
     try:
         metadata = pq.read_metadata(path)
-    except (pa.ArrowException, OSError):
+        number = metadata.schema.names.index(columns.text_in(metadata.schema.names, str(path)))
+    except (pa.ArrowException, OSError, DataError):
         return path.stat().st_size  # reading it will say what is wrong
-    return sum(
-        metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)
-    )
+    groups = range(metadata.num_row_groups)
+    return sum(metadata.row_group(g).column(number).total_uncompressed_size for g in groups)
 
 
 def _reason(error: BaseException) -> str:

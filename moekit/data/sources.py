@@ -5,7 +5,8 @@ A source is one of
 - ``stdlib``: the standard library of the running Python, which is always there;
 - a file: plain UTF-8 text of any suffix, JSON lines (``.jsonl``, ``.ndjson``, ``.json``, also with
   ``.gz``) or parquet;
-- a folder, read with all its subfolders, or a pattern such as ``'notes/**/*.md'``;
+- a folder, read with all its subfolders (the first of which is a document's group), or a pattern
+  such as ``'notes/**/*.md'``; what is no text in it is passed over;
 - ``hub:owner/name`` or ``hub:owner/name:configuration``, streamed from the Hugging Face hub.
 """
 
@@ -120,7 +121,7 @@ class File:
 
     def size(self) -> int:
         """Bytes of text, about."""
-        return file_bytes(self._path)
+        return file_bytes(self._path, self._columns)
 
     def fingerprint(self) -> str:
         """Changes whenever the file does."""
@@ -155,7 +156,7 @@ class Files:
 
     def size(self) -> int:
         """Bytes of text, about."""
-        return sum(file_bytes(path) for path in self._paths)
+        return sum(file_bytes(path, self._columns) for path in self._paths)
 
     def fingerprint(self) -> str:
         """Changes whenever a file does, comes or goes."""

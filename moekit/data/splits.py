@@ -37,7 +37,7 @@ def assign_splits(
     drawn from the rest: a document is in test if a hash of its content and ``seed``, as a number
     from 0 to 1, is below ``test_share``, and in validation if below ``test_share +
     validation_share``. So a document keeps its split when others are added or their order changes.
-    Where a share of few documents comes out empty, the one with the lowest hash is taken.
+    Of few documents each split gets at least one: the lowest hashes are held out.
 
     Args:
         keys: ``content_key`` of each document, no two alike.
@@ -49,18 +49,21 @@ def assign_splits(
     Raises:
         DataError: if there are too few documents for every split to get one.
     """
+    drawn = [
+        (name, share)
+        for name, share in (("test", test_share), ("validation", validation_share))
+        if name not in given
+    ]
     split = np.array([SPLITS.index(name or "train") for name in given], dtype=np.int64)
     rank = np.array([_rank(key, seed) for key in keys])
-    for name, share in (("test", test_share), ("validation", validation_share)):
-        if name in given:
-            continue
-        free = split == 0
-        chosen = free & (rank < share)
-        if free.any() and not chosen.any():
-            chosen[np.flatnonzero(free)[rank[free].argmin()]] = True
-        split[chosen] = SPLITS.index(name)
-        rank -= share  # validation takes the next stretch
-    _require_all(split, given)
+    _require_enough(int((split == 0).sum()), [name for name, _ in drawn], given)
+    edge = 0.0
+    for place, (name, share) in enumerate(drawn):
+        edge += share
+        free = np.flatnonzero(split == 0)
+        still_needed = len(drawn) - place  # by the splits after this one, training among them
+        count = np.clip((rank[free] < edge).sum(), 1, len(free) - still_needed)
+        split[free[np.argsort(rank[free], kind="stable")[:count]]] = SPLITS.index(name)
     return split
 
 
@@ -69,12 +72,9 @@ def _rank(key: bytes, seed: int) -> float:
     return int.from_bytes(drawn[:6], "big") / 2**48
 
 
-def _require_all(split: NDArray[np.int64], given: Sequence[str | None]) -> None:
-    empty = [name for index, name in enumerate(SPLITS) if not (split == index).any()]
-    if not empty:
+def _require_enough(free: int, drawn: list[str], given: Sequence[str | None]) -> None:
+    if free > len(drawn):
         return
-    what = "documents, all with a split of their own" if all(given) else "distinct documents"
-    raise DataError(
-        f"{len(split)} {what}, leave nothing for {' and '.join(empty)}; give more text, so that "
-        "each of train, validation and test gets a document"
-    )
+    wanting = " and ".join([", ".join(["train", *drawn[1:]]), *drawn[:1]])
+    what = "documents not held out" if any(given) else "distinct documents"
+    raise DataError(f"{free} {what} are too few for {wanting}, which need one each; give more text")
