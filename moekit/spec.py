@@ -92,7 +92,8 @@ class Spec:
         try:
             return found(**values)
         except TypeError as error:  # a required field is missing
-            raise SpecError(f"{kind}: {error}".replace("__init__() ", "")) from None
+            missing = str(error).partition("__init__() ")[2] or str(error)
+            raise SpecError(f"{kind} is {missing}") from None
 
     @classmethod
     def kinds(cls) -> dict[str, type[Self]]:
@@ -135,7 +136,8 @@ def _revive(value: Any, hint: Any) -> Any:
         families = [t for t in _leaves(hint) if inspect.isclass(t) and issubclass(t, Spec)]
         if not families:
             raise SpecError(f"a mapping was given where {_describe(hint)} is wanted: {value!r}")
-        named = [t for t in families if value.get("kind") in t.kinds()]
+        kind = value.get("kind")
+        named = [t for t in families if isinstance(kind, str) and kind in t.kinds()]
         return (named or families)[0].from_dict(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_revive(item, hint) for item in value)

@@ -127,7 +127,7 @@ class File:
         """Changes whenever the file does."""
         return fingerprint_of([self._path])
 
-    def documents(self, skipped: Counter[str]) -> Iterator[Document]:  # noqa: ARG002
+    def documents(self, skipped: Counter[str]) -> Iterator[Document]:
         """Its documents; nothing is passed over."""
         found = False
         for document in read_file(self._path, self._columns):
