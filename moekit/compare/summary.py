@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from moekit.compare.record import RunRecord
-from moekit.measure.expert_phase import PhaseTiming
+from moekit.measure import ExpertPhaseResult
 
 CONFIDENCE = 0.95
 
@@ -60,7 +60,7 @@ class DesignSummary:
     peak_memory_bytes: float
     feed_forward_experts: Spread
     load_violation: Spread | None
-    phase: PhaseTiming | None
+    phase: ExpertPhaseResult | None
 
     def row(self) -> dict[str, Any]:
         """Plain values by column name, for CSV and JSON."""
@@ -82,13 +82,13 @@ class DesignSummary:
             "load_violation": None if self.load_violation is None else self.load_violation.mean,
         }
         if self.phase is not None:
-            row["expert_phase_seconds"] = self.phase.seconds
+            row["expert_phase_seconds_per_token"] = self.phase.seconds_per_token_per_token
             row["expert_phase_rows_per_token"] = self.phase.rows_per_token
         return row
 
 
 def summarise(
-    records: Sequence[RunRecord], phases: Mapping[str, PhaseTiming] | None = None
+    records: Sequence[RunRecord], phases: Mapping[str, ExpertPhaseResult] | None = None
 ) -> list[DesignSummary]:
     """One summary a design, in the order in which designs first appear."""
     names = list(dict.fromkeys(record.design for record in records))
@@ -96,7 +96,7 @@ def summarise(
     return [_summary([r for r in records if r.design == name], timed.get(name)) for name in names]
 
 
-def _summary(runs: Sequence[RunRecord], phase: PhaseTiming | None) -> DesignSummary:
+def _summary(runs: Sequence[RunRecord], phase: ExpertPhaseResult | None) -> DesignSummary:
     violations = [r.statistics.get("load_violation") for r in runs]
     measured = [float(v) for v in violations if v is not None]
     return DesignSummary(

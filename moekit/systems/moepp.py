@@ -79,7 +79,7 @@ def _load_follows_tau(study: Study, names: dict[float, str], quick: bool) -> Fin
 
 def _time_follows_rows(study: Study, names: dict[float, str], quick: bool) -> Finding:
     base = study.phases["topk"]
-    gains = {tau: base.seconds / study.phases[name].seconds for tau, name in names.items()}
+    gains = {tau: base.seconds_per_token / study.phases[name].seconds_per_token for tau, name in names.items()}
     rows = {
         tau: base.rows_per_token / study.phases[name].rows_per_token for tau, name in names.items()
     }
