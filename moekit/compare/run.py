@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moekit.compare.design import Design, ModelSpec
 from moekit.compare.record import RunRecord, write_json
+from moekit.compare.survey import survey
 from moekit.data import PackedDataset, TextData
 from moekit.errors import CheckpointError
+from moekit.layer import MoE
 from moekit.measure import (
     ExpertPhaseResult,
     compare_expert_phase,
     count_flops,
     parameter_counts,
-    survey,
-    token_report,
+    token_routing,
 )
 from moekit.models.language import MoEDecoderForCausalLM
 from moekit.training import ProgressReporter, TrainingResult, TrainingSpec, train
 
 PHASE_BATCHES = 4
+TOKEN_BATCHES = 40
+_ROWS = "routing/rows_per_token"
 PHASE_REPEATS = 7
 
 
@@ -115,7 +121,7 @@ def run_design(
         progress=reporter,
     )
     record = _measured(design, model, training, data, result)
-    _save(model, data, place.model)
+    save_model(model, data, place.model)
     place.finish(record)
     return record
 
@@ -128,9 +134,16 @@ def measure_phases(
         name: MoEDecoderForCausalLM.from_pretrained(place.model).to(device).eval()
         for name, place in places.items()
     }
-    count = min(PHASE_BATCHES, math.ceil(len(dataset) / batch_size))
-    batches = [_batch(dataset, i * batch_size, batch_size).to(device) for i in range(count)]
+    batches = evaluation_batches(dataset, batch_size, torch.device(device))
     return compare_expert_phase(models, batches, repeats=PHASE_REPEATS)
+
+
+def evaluation_batches(
+    dataset: PackedDataset, batch_size: int, device: torch.device
+) -> list[torch.Tensor]:
+    """The first few batches of token ids, for timing."""
+    count = min(PHASE_BATCHES, math.ceil(len(dataset) / batch_size))
+    return [_batch(dataset, i * batch_size, batch_size).to(device) for i in range(count)]
 
 
 def _measured(
@@ -140,9 +153,8 @@ def _measured(
     data: TextData,
     result: TrainingResult,
 ) -> RunRecord:
-    model.eval()
-    found = survey(model, data.validation, training.batch_size)
-    parameters = parameter_counts(model)
+    found = survey(model, data, training.batch_size)
+    rows = [layer["rows_per_token"] for layer in found.statistics.get("layers", [])]
     flops = count_flops(model, _batch(data.validation, 0, training.batch_size).to(model.device))
     return RunRecord(
         design=design.name,
@@ -150,17 +162,58 @@ def _measured(
         causal=design.causal,
         validation_loss=found.loss,
         bits_per_byte=found.loss / math.log(2) / data.validation.bytes_per_token,
-        parameters=parameters.to_dict(),
+        parameters=dataclasses.asdict(parameter_counts(model, rows)),
         flops_per_token=flops,
-        training_flops=3 * flops * result.tokens,
+        training_flops=_training_flops(model, flops, rows, result),
         tokens=result.tokens,
         tokens_per_second=result.tokens_per_second,
         peak_memory_bytes=result.peak_memory_bytes,
         statistics=found.statistics,
-        tokens_report=token_report(model, data.validation, data.tokenizer),
+        tokens_report=_token_report(model, training, data),
         history=list(result.history),
         group_losses=found.group_losses,
     )
+
+
+def _training_flops(
+    model: MoEDecoderForCausalLM, flops: float, rows: Sequence[float], result: TrainingResult
+) -> float:
+    """Forward and backward operations of a run, three times the forward ones.
+
+    ``flops`` were counted at ``rows`` product rows a token and layer; training may have computed
+    more, as ReMoE does while its gates are dense, so the difference in logged rows is added.
+    """
+    logged = [row[_ROWS] for row in result.history if _ROWS in row]
+    if not logged:
+        return 3 * flops * result.tokens
+    a_row = [2 * _matrix_parameters(layer) for layer in model.moe_layers]
+    extra = (statistics.fmean(logged) - statistics.fmean(rows)) * sum(a_row)
+    return 3 * (flops + extra) * result.tokens
+
+
+def _matrix_parameters(layer: MoE) -> float:
+    """Matrix entries that one dispatched row meets, mean over the dispatched experts."""
+    matrices = [p for p in layer.experts.parameters() if p.dim() == 3 and p.shape[1] > 2]
+    return sum(p.numel() for p in matrices) / layer.experts.dispatched
+
+
+def _token_report(
+    model: MoEDecoderForCausalLM, training: TrainingSpec, data: TextData
+) -> dict[str, Any]:
+    """Experts a token by token type, and the tokens of each expert, as plain values."""
+    if not model.moe_layers:
+        return {}
+    found = token_routing(
+        model,
+        data.validation,
+        data.tokenizer,
+        data.groups,
+        batch_size=training.batch_size,
+        max_batches=TOKEN_BATCHES,
+    )
+    fields = ("types", "histogram", "frequency_correlation", "experts", "groups")
+    plain = {name: getattr(found, name) for name in fields}
+    return json.loads(json.dumps(plain, default=dataclasses.asdict))
 
 
 def _batch(dataset: PackedDataset, start: int, size: int) -> torch.Tensor:
@@ -168,8 +221,8 @@ def _batch(dataset: PackedDataset, start: int, size: int) -> torch.Tensor:
     return torch.stack([dataset[i]["input_ids"] for i in range(start, stop)])
 
 
-def _save(model: MoEDecoderForCausalLM, data: TextData, folder: Path) -> None:
-    """Save model and tokenizer under a temporary name, then rename."""
+def save_model(model: MoEDecoderForCausalLM, data: TextData, folder: Path) -> None:
+    """Save model and tokenizer whole or not at all, as a checkpoint that transformers loads."""
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch)
