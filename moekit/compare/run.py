@@ -33,7 +33,6 @@ from moekit.training import ProgressReporter, TrainingResult, TrainingSpec, trai
 
 PHASE_BATCHES = 4
 TOKEN_BATCHES = 40
-_ROWS = "routing/rows_per_token"
 PHASE_REPEATS = 7
 
 
@@ -119,6 +118,7 @@ def run_design(
         place.folder / "training",
         report_to=tuple(report_to),
         progress=reporter,
+        description=f"{design.name}, seed {training.seed}",
     )
     record = _measured(design, model, training, data, result)
     save_model(model, data, place.model)
@@ -183,7 +183,7 @@ def _training_flops(
     ``flops`` were counted at ``rows`` product rows a token and layer; training may have computed
     more, as ReMoE does while its gates are dense, so the difference in logged rows is added.
     """
-    logged = [row[_ROWS] for row in result.history if _ROWS in row]
+    logged = [row["routing"]["rows_per_token"] for row in result.history if row.get("routing")]
     if not logged:
         return 3 * flops * result.tokens
     a_row = [2 * _matrix_parameters(layer) for layer in model.moe_layers]

@@ -7,8 +7,9 @@ arXiv 2412.14711.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
-from moekit.compare import Design, Study, compare
+from moekit.compare import Design, RunRecord, Study, compare
 from moekit.compare.budgets import small_model_study
 from moekit.compare.summary import Spread, paired_difference, summarise
 from moekit.experts import SwiGLU
@@ -76,8 +77,8 @@ def _sparsity_settles(study: Study, quick: bool) -> Finding:
     target = 1 - 1 / 8
     late = []
     for record in study.of("remoe"):
-        rows = [row for row in record.history if "routing/sparsity" in row]
-        late.append(statistics.fmean(r["routing/sparsity"] for r in rows[len(rows) // 2 :]))
+        found = [row["routing"]["sparsity"] for row in record.history if row.get("routing")]
+        late.append(statistics.fmean(found[len(found) // 2 :]))
     spread = Spread.of(late)
     return Finding(
         claim="The controller holds the sparsity at 1 - k/E after about 100 steps (fig. 5)",
@@ -87,7 +88,7 @@ def _sparsity_settles(study: Study, quick: bool) -> Finding:
     )
 
 
-def _loss_against(records, rival: str, quick: bool) -> Finding:  # type: ignore[no-untyped-def]
+def _loss_against(records: Sequence[RunRecord], rival: str, quick: bool) -> Finding:
     gap = paired_difference(records, "remoe", rival)
     decided = gap.half_width is not None and abs(gap.mean) > gap.half_width
     interval = "" if gap.half_width is None else f" ± {gap.half_width:.4f} (95%)"

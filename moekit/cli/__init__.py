@@ -1,0 +1,1 @@
+"""The ``moekit`` command: thin functions over the library."""

@@ -1,0 +1,152 @@
+"""``moekit compare``: the main job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moekit.cli import options as opt
+from moekit.cli.progress import StudyBars
+from moekit.compare import DesignSummary, StudySpec, compare
+from moekit.compare.report import Written, write_report
+from moekit.systems import DEFAULT_DESIGNS, Shape
+
+EXAMPLES = """
+Examples:
+
+  moekit compare
+
+  moekit compare --data my/texts --designs dense,topk,moepp --seeds 3 --output runs/mine
+
+  moekit compare --data log.jsonl --text-column message --designs topk,my_design.json
+
+  moekit compare --match flops --steps 2000 --precision bfloat16 --report-to tensorboard
+"""
+
+
+def compare_command(
+    designs: Annotated[
+        str,
+        typer.Option(
+            help="Designs, comma-separated: names from `moekit systems`, or JSON files. "
+            "The first one sets the cost that the others are matched to."
+        ),
+    ] = ",".join(DEFAULT_DESIGNS),
+    data: opt.Data = "stdlib",
+    output: opt.Output = Path("moekit-compare"),
+    seeds: Annotated[int, typer.Option(help="Seeds a design; three give an uncertainty.")] = 1,
+    steps: opt.Steps = 200,
+    match: Annotated[
+        str,
+        typer.Option(
+            help="Make designs equal in active parameters (active), FLOPs a token (flops), or "
+            "nothing but the steps (steps)."
+        ),
+    ] = "active",
+    batch_size: opt.BatchSize = 16,
+    accumulate: opt.Accumulate = 1,
+    sequence_length: opt.SequenceLength = 256,
+    vocab_size: opt.VocabSize = 4096,
+    tokenizer: opt.Tokenizer = None,
+    text_column: opt.TextColumn = None,
+    learning_rate: opt.LearningRate = 3e-3,
+    precision: opt.Precision = "auto",
+    gradient_checkpointing: opt.Checkpointing = False,
+    width: opt.Width = 128,
+    depth: opt.Depth = 4,
+    heads: opt.Heads = 4,
+    kv_heads: opt.KvHeads = 2,
+    experts: opt.Experts = 8,
+    hidden: opt.Hidden = 256,
+    k: opt.TopKOption = 2,
+    seed: opt.Seed = 0,
+    device: opt.Device = "auto",
+    report_to: opt.ReportTo = "",
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Train designs side by side on your text and report which one is best for it.
+
+    Every design sees the same data in the same order. The report, one HTML file, has losses with
+    their spread over seeds, measured cost, load balance, and which tokens each expert takes. Run
+    the same command again to go on where it stopped; finished runs are not run again.
+    """
+    where = opt.device_of(device)
+    shape = Shape(experts=experts, hidden=hidden, k=k)
+    names = [name.strip() for name in designs.split(",") if name.strip()]
+    spec = StudySpec(
+        designs=tuple(opt.design_of(name, shape) for name in names),
+        seeds=tuple(range(seed, seed + seeds)),
+        model=opt.model_spec(width, depth, heads, kv_heads),
+        training=opt.training_spec(
+            steps,
+            batch_size,
+            accumulate,
+            learning_rate,
+            opt.precision_of(precision, where),
+            gradient_checkpointing,
+            seed,
+        ),
+        text=opt.text_spec(data, text_column, tokenizer, vocab_size, sequence_length),
+        match=match,  # type: ignore[arg-type]  # checked by the spec
+    )
+    opt.require_writable(output)
+    with StudyBars(quiet=quiet) as bars:
+        study = compare(
+            spec, output, progress=bars, device=where, report_to=opt.trackers(report_to)
+        )
+        written = write_report(study, output)
+    if as_json:
+        typer.echo(json.dumps(written.results, indent=1, ensure_ascii=False))
+    else:
+        _show(written)
+
+
+compare_command.__doc__ = f"{compare_command.__doc__}\n\n{EXAMPLES}"
+
+
+def _show(written: Written) -> None:
+    console = Console()
+    console.print(_table(written.summaries))
+    for sentence in written.verdict:
+        console.print(sentence, markup=False, highlight=False)
+    console.print(f"\nReport: {written.report}", markup=False, highlight=False)
+    console.print(f"Raw results: {written.json}, {written.csv}", markup=False, highlight=False)
+
+
+def _table(summaries: list[DesignSummary]) -> Table:
+    table = Table(title="Validation text, mean over seeds")
+    columns = (
+        "design",
+        "loss",
+        "perplexity",
+        "active",
+        "total",
+        "MFLOP/token",
+        "tokens/s",
+        "experts/token",
+        "expert phase µs/token",
+        "max/mean load",
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name == "design" else "right")
+    for row in summaries:
+        spread = "" if row.loss.deviation is None else f" ± {row.loss.deviation:.4f}"
+        table.add_row(
+            row.design if row.causal else f"{row.design} (not causal)",
+            f"{row.loss.mean:.4f}{spread}",
+            f"{row.perplexity.mean:.1f}",
+            f"{row.active_parameters / 1e6:.2f}M",
+            f"{row.total_parameters / 1e6:.2f}M",
+            f"{row.flops_per_token / 1e6:.2f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.feed_forward_experts.mean:.2f}",
+            "" if row.phase is None else f"{row.phase.seconds_per_token * 1e6:.1f}",
+            "" if row.load_violation is None else f"{row.load_violation.mean:.2f}",
+        )
+    return table

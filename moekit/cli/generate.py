@@ -1,0 +1,146 @@
+"""``moekit generate``: text from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM
+
+import moekit.models.language  # noqa: F401  (registers our checkpoints with transformers)
+from moekit.cli import options as opt
+from moekit.data import load_tokenizer
+from moekit.errors import CheckpointError, SpecError
+
+EXAMPLES = """
+Examples:
+
+  moekit generate runs/moepp/model --prompt "def read(" --tokens 80
+
+  moekit generate runs/moepp/model --prompt "class " --temperature 0.8 --top-p 0.9 --samples 3
+
+  moekit generate runs/moepp/model --prompt-file start.txt --beams 4
+"""
+
+
+def generate_command(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub name of a causal language model.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with the prompt.")] = None,
+    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among tokens of this probability.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids repetition.")] = 1.0,
+    beams: Annotated[int, typer.Option(help="Beams of a beam search.")] = 1,
+    samples: Annotated[int, typer.Option(help="Continuations to return.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Write the text to this file.")] = None,
+    seed: opt.Seed = 0,
+    device: opt.Device = "auto",
+    as_json: opt.Json = False,
+) -> None:
+    """Continue a prompt with a causal language model."""
+    where = opt.device_of(device)
+    _check(tokens, temperature, top_p, beams, samples)
+    text = _prompt(prompt, prompt_file)
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_model(checkpoint).to(where).eval()
+    ids_1T = _prompt_ids(tokenizer, text).to(where)
+    torch.manual_seed(seed)
+    sampling = temperature > 0
+    choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if sampling else {}
+    out_ST = model.generate(
+        ids_1T,
+        attention_mask=torch.ones_like(ids_1T),
+        max_new_tokens=tokens,
+        do_sample=sampling,
+        num_beams=beams,
+        num_return_sequences=samples,
+        repetition_penalty=repetition_penalty,
+        pad_token_id=tokenizer.pad_token_id,
+        **choice,
+    )
+    start = ids_1T.shape[1]
+    found = [tokenizer.decode(row[start:], skip_special_tokens=True) for row in out_ST]
+    _deliver(text, found, output, as_json)
+
+
+generate_command.__doc__ = f"{generate_command.__doc__}\n\n{EXAMPLES}"
+
+
+def load_model(checkpoint: str):  # type: ignore[no-untyped-def]
+    """A causal language model, moekit's or any of transformers, without running its code.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    folder = Path(checkpoint)
+    local = folder.exists() or checkpoint.startswith((".", "/"))
+    if local and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint: it has no config.json; give the folder that "
+            "`moekit train` or save_pretrained wrote"
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint, trust_remote_code=False, use_safetensors=True, local_files_only=local
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{checkpoint} cannot be loaded: {reason}") from None
+    except Exception as error:  # safetensors raises its own class, which derives from Exception
+        raise CheckpointError(f"{checkpoint} is damaged: {error}") from None
+
+
+def _check(tokens: int, temperature: float, top_p: float, beams: int, samples: int) -> None:
+    if tokens < 1:
+        raise SpecError(f"--tokens is {tokens}; wanted at least 1")
+    if temperature < 0:
+        raise SpecError(f"--temperature is {temperature}; wanted 0 or more")
+    if not 0 < top_p <= 1:
+        raise SpecError(f"--top-p is {top_p}; wanted more than 0 and at most 1")
+    if beams < 1 or samples < 1:
+        raise SpecError("--beams and --samples must be at least 1")
+    if temperature == 0 and samples > beams:
+        raise SpecError(
+            f"{samples} samples without sampling would be equal; set --temperature above 0, "
+            "or --beams to at least as many"
+        )
+
+
+def _prompt(prompt: str, prompt_file: Path | None) -> str:
+    if prompt_file is None:
+        return prompt
+    if prompt:
+        raise SpecError("give --prompt or --prompt-file, not both")
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{prompt_file} cannot be read as text: {error}") from None
+
+
+def _prompt_ids(tokenizer, text: str) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """The prompt's ids (1, T); an empty prompt starts from the tokenizer's start of text."""
+    if text:
+        return tokenizer(text, return_tensors="pt").input_ids
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise SpecError("this tokenizer has no start of text; give a --prompt")
+    return torch.tensor([[start]])
+
+
+def _deliver(prompt: str, found: list[str], output: Path | None, as_json: bool) -> None:
+    if as_json:
+        text = json.dumps({"prompt": prompt, "continuations": found}, ensure_ascii=False, indent=1)
+    else:
+        text = "\n\n".join(prompt + continuation for continuation in found)
+    if output is None:
+        typer.echo(text)
+    else:
+        from moekit.compare.record import write_text
+
+        write_text(output, text + "\n")
+        typer.echo(f"Written to {output}")
