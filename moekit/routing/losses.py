@@ -138,6 +138,9 @@ class Loss(nn.Module):
         if self.spec.then:
             self.step += 1
 
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Put the state back to its initial value."""
+
 
 # --- balance ------------------------------------------------------------------------------------
 

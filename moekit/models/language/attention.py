@@ -6,6 +6,7 @@ flash or flex attention.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,9 @@ class MoEDecoderRotaryEmbedding(nn.Module):
         self.rope_type: str = config.rope_parameters["rope_type"]
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
-        frequencies = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        frequencies: Callable[..., tuple[Tensor, float]] = ROPE_INIT_FUNCTIONS.get(
+            self.rope_type, self.compute_default_rope_parameters
+        )
         inv_freq, self.attention_scaling = frequencies(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
@@ -60,8 +63,9 @@ class MoEDecoderRotaryEmbedding(nn.Module):
         inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32)
         angle_BTC = position_ids[..., None].to(torch.float32) * inv_freq
         angle_BTC = torch.cat([angle_BTC, angle_BTC], dim=-1)
-        cos, sin = angle_BTC.cos(), angle_BTC.sin()
-        return (cos * self.attention_scaling).to(x.dtype), (sin * self.attention_scaling).to(x.dtype)
+        cos = angle_BTC.cos() * self.attention_scaling
+        sin = angle_BTC.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 class MoEDecoderAttention(nn.Module):

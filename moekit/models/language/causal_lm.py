@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
 from moekit.errors import SpecError
-from moekit.layer import MoE, MoEOutput, MoESpec
+from moekit.layer import MoE, MoESpec
 from moekit.models.language.config import MoEDecoderConfig
 from moekit.models.language.decoder import (
     AttentionMask,
@@ -27,7 +27,7 @@ IGNORED = -100
 """Label of positions that are no target, as everywhere in transformers."""
 
 
-class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):
+class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """A causal language model whose every layer is dense or a mixture of experts.
 
     Checkpoints are ordinary ones of transformers. ``generate`` works with every option; a model
@@ -112,17 +112,32 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):
         assert outputs.moe is not None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        result = MoECausalLMOutput(
+        loss = cross_entropy = None
+        values: dict[str, Tensor] = {}
+        if labels is not None:
+            routings = [record.routing for record in outputs.moe]
+            routing_loss, values = self.routing_losses(routings)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
+            share = _share(labels, kwargs.get("shift_labels"), num_items_in_batch)
+            cross_entropy = loss / share
+            if self.training:
+                loss = loss + share * routing_loss
+        return MoECausalLMOutput(
+            loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            routing_losses={},
+            cross_entropy=cross_entropy,
+            routing_losses=values,
             moe=outputs.moe,
         )
-        if labels is not None:
-            self._add_losses(result, labels, num_items_in_batch, kwargs)
-        return result
 
     @torch.no_grad()
     def update_routing(self, loads: Sequence[Load]) -> None:
@@ -145,34 +160,8 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):
             layer.router.update(load)
         self.routing_losses.update(loads)
 
-    def _add_losses(
-        self,
-        result: MoECausalLMOutput,
-        labels: Tensor,
-        step_targets: Tensor | int | None,
-        kwargs: dict[str, Any],
-    ) -> None:
-        """Fill in the losses of ``result``."""
-        cross_entropy: Tensor = self.loss_function(
-            logits=result.logits,
-            labels=labels,
-            vocab_size=self.config.vocab_size,
-            num_items_in_batch=step_targets,
-            **kwargs,
-        )
-        share = _share(labels, kwargs.get("shift_labels"), step_targets)
-        assert result.moe is not None
-        routing_loss, values = self._routing_loss(result.moe)
-        loss = cross_entropy + share * routing_loss if self.training else cross_entropy
-        result["loss"], result["cross_entropy"] = loss, cross_entropy / share
-        result["routing_losses"] = values
-
-    def _routing_loss(self, moe: Sequence[MoEOutput]) -> tuple[Tensor, dict[str, Tensor]]:
-        total, values = self.routing_losses([output.routing for output in moe])
-        return total, values
-
     def _feed_forward_parts(self) -> list[nn.Module]:
-        return [layer.mlp for layer in self.model.layers]  # type: ignore[misc]
+        return [layer.mlp for layer in self.model.layers]
 
 
 def _share(

@@ -17,7 +17,7 @@ from moekit.spec import suggestion
 LayerSpec = MoESpec | FeedForwardSpec
 
 
-class MoEDecoderConfig(PreTrainedConfig):
+class MoEDecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Configuration of :class:`~moekit.models.language.MoEDecoderForCausalLM`.
 
     Attributes:
@@ -50,17 +50,12 @@ class MoEDecoderConfig(PreTrainedConfig):
         ...     num_attention_heads=4,
         ...     layers=[SwiGLU(count=1, hidden=128), MoESpec(TopK(k=2), SwiGLU(8, hidden=64))],
         ... )
-        >>> config.layer_specs[1].router
-        TopK(k=2, ...)
+        >>> config.layer_specs[1].router.k
+        2
     """
 
     model_type = "moekit_decoder"
-    keys_to_ignore_at_inference = (  # noqa: RUF012 - the name and kind are transformers'
-        "past_key_values",
-        "cross_entropy",
-        "routing_losses",
-        "moe",
-    )
+    keys_to_ignore_at_inference = ["past_key_values", "cross_entropy", "routing_losses", "moe"]  # noqa: RUF012
     default_theta = 10000.0
 
     vocab_size: int = 32000
@@ -89,7 +84,7 @@ class MoEDecoderConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         self._check_heads(self.head_dim, self.num_key_value_heads)
         self.layers = [spec.to_dict() for spec in self._expanded(self.layers)]
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self._check_rope()
 
     @property
@@ -171,18 +166,18 @@ def _check_size(name: str, value: Any) -> None:
 def _layer_spec(entry: Any, width: int) -> LayerSpec:
     """The spec that one entry of ``layers`` describes, refused if it cannot be a block's part."""
     spec = entry if isinstance(entry, LayerSpec) else _from_json(entry)
-    dense = isinstance(spec, FeedForwardSpec)
-    bank = spec if isinstance(spec, FeedForwardSpec) else spec.experts
-    if dense and spec.count != 1:
+    if isinstance(spec, FeedForwardSpec) and spec.count != 1:
         raise SpecError(
             f"a dense layer is a bank of one expert, but {type(spec).__name__} has count "
             f"{spec.count}; set count=1, or wrap it in an MoESpec with a router"
         )
-    if bank.out_width(width) != width:
-        raise SpecError(
-            f"a layer's output has width {bank.out_width(width)} but hidden_size is {width}; "
-            "leave out unset"
-        )
+    banks = (spec,) if isinstance(spec, FeedForwardSpec) else (spec.experts, spec.shared)
+    for bank in banks:
+        if bank is not None and bank.out_width(width) != width:
+            raise SpecError(
+                f"a layer's output has width {bank.out_width(width)} but hidden_size is {width}; "
+                "make them equal by leaving the field out of the bank unset"
+            )
     return spec
 
 

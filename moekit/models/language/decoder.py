@@ -107,7 +107,7 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise ``module``, but nothing in it that a checkpoint has filled already."""
         if not isinstance(module, Router | Experts | Loss):
-            super()._init_weights(module)
+            super()._init_weights(module)  # type: ignore[no-untyped-call]
             return
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         loaded = [t for t in tensors if getattr(t, "_is_hf_initialized", False)]
@@ -122,7 +122,7 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
         self,
         enable: bool = True,
         gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        **kwargs: Any,
+        every_n_layers: int = 1,
     ) -> None:
         keywords = getattr(gradient_checkpointing_func, "keywords", {})
         if enable and keywords.get("use_reentrant"):
@@ -131,7 +131,7 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
                 "losses and of gating residuals; leave use_reentrant out or set it to False"
             )
         function = partial(gradient_checkpointing_func, use_reentrant=False)
-        super()._set_gradient_checkpointing(enable, function, **kwargs)  # type: ignore[no-untyped-call]
+        super()._set_gradient_checkpointing(enable, function, every_n_layers)
 
     @staticmethod
     def create_masks_for_generate(
@@ -150,7 +150,7 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
         return {"full_attention": mask, "valid": valid_BT}
 
 
-class MoEDecoderModel(MoEDecoderPreTrainedModel):
+class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-call]
     """The decoder without its output projection."""
 
     def __init__(self, config: MoEDecoderConfig) -> None:
@@ -164,7 +164,7 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):
         self.post_init()
 
     @merge_with_config_defaults  # type: ignore[untyped-decorator]
-    @capture_outputs
+    @capture_outputs  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
