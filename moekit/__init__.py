@@ -1,3 +1,58 @@
-"""moekit: sparse mixture-of-experts models, as parts that compose."""
+"""moekit: sparse mixture-of-experts models, as parts that compose.
+
+The parts of a layer are importable from here; models, training and data from their own packages.
+"""
+
+from moekit.dispatch import Capacity, Dropless
+from moekit.errors import MoekitError
+from moekit.experts import GEGLU, GELU, Bank, Constant, Copy, ReLU, SwiGLU, Zero
+from moekit.layer import MoE, MoEOutput, MoESpec
+from moekit.routing import (
+    Carry,
+    Entropy,
+    ExpertChoice,
+    Hash,
+    HeterogeneousBalance,
+    L1Balance,
+    NullAwareBalance,
+    Pathway,
+    ReLURouting,
+    RouterZ,
+    Routing,
+    Signals,
+    SwitchBalance,
+    TopK,
+)
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "GEGLU",
+    "GELU",
+    "Bank",
+    "Capacity",
+    "Carry",
+    "Constant",
+    "Copy",
+    "Dropless",
+    "Entropy",
+    "ExpertChoice",
+    "Hash",
+    "HeterogeneousBalance",
+    "L1Balance",
+    "MoE",
+    "MoEOutput",
+    "MoESpec",
+    "MoekitError",
+    "NullAwareBalance",
+    "Pathway",
+    "ReLU",
+    "ReLURouting",
+    "RouterZ",
+    "Routing",
+    "Signals",
+    "SwiGLU",
+    "SwitchBalance",
+    "TopK",
+    "Zero",
+]

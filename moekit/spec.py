@@ -42,8 +42,7 @@ class Spec:
             object.__setattr__(self, field.name, value)
             if not _matches(value, hint):
                 raise SpecError(
-                    f"{type(self).__name__}: {field.name} is {value!r}; "
-                    f"wanted {_describe(hint)}"
+                    f"{type(self).__name__}: {field.name} is {value!r}; wanted {_describe(hint)}"
                 )
         self.check()
 
@@ -134,9 +133,10 @@ def _revive(value: Any, hint: Any) -> Any:
     """Turn the mappings inside a JSON value into the specs that the field's type names."""
     if isinstance(value, Mapping):
         families = [t for t in _leaves(hint) if inspect.isclass(t) and issubclass(t, Spec)]
-        if len(families) != 1:
+        if not families:
             raise SpecError(f"a mapping was given where {_describe(hint)} is wanted: {value!r}")
-        return families[0].from_dict(value)
+        named = [t for t in families if value.get("kind") in t.kinds()]
+        return (named or families)[0].from_dict(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_revive(item, hint) for item in value)
     return value

@@ -1,0 +1,187 @@
+"""How rows travel: from tokens to experts and back, without or with a capacity limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moekit.dispatch.capacity import Priority, capacities, limit
+from moekit.dispatch.plan import Plan, plan_places, plan_rows
+from moekit.experts.experts import Experts
+from moekit.experts.groups import GroupedMM, RowGroups
+from moekit.routing.router import RouterSpec
+from moekit.routing.routing import Routing
+from moekit.spec import Spec
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What a dispatch returns.
+
+    Attributes:
+        y_ND: the combined outputs.
+        rows_E: rows of each dispatched expert that reached a matrix product, padding included.
+        routing: the routing that was run, after any capacity limit.
+    """
+
+    y_ND: Tensor
+    rows_E: Tensor
+    routing: Routing
+
+
+@dataclass(frozen=True)
+class DispatchSpec(Spec):
+    """Base of every dispatch."""
+
+    abstract: ClassVar[bool] = True
+
+    def check_layer(self, router: RouterSpec, kinds: tuple[str, ...]) -> None:
+        """Refuse a router or bank that this dispatch makes no sense for."""
+
+    def build(self) -> Dispatch:
+        """The dispatch module."""
+        raise NotImplementedError
+
+
+class Dispatch(nn.Module):
+    """Base of every dispatch: limit the routing, plan the rows, run the bank, combine."""
+
+    def forward(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Dispatched:
+        """Run ``experts`` on ``x_ND`` as ``routing`` says."""
+        routing = self.limited(routing, experts)
+        parts, rows_E = [], routing.expert_NK.new_zeros(experts.dispatched)
+        if experts.dispatched:
+            plan = self.plan(routing, experts)
+            parts.append(plan.combine(experts(plan.gather(x_ND), plan.groups)))
+            rows_E = self.rows(plan)
+        if experts.dispatched < len(experts.kinds):
+            direct = experts.direct(x_ND, routing.dense_weight_NE())
+            parts += [] if direct is None else [direct]
+        y_ND = _sum(parts) if parts else x_ND.new_zeros(x_ND.shape[0], experts.out_width)
+        return Dispatched(y_ND, rows_E, routing)
+
+    def limited(self, routing: Routing, experts: Experts) -> Routing:
+        """The assignments that are kept."""
+        return routing
+
+    def plan(self, routing: Routing, experts: Experts) -> Plan:
+        """The rows to run."""
+        raise NotImplementedError
+
+    def rows(self, plan: Plan) -> Tensor:
+        """Rows of each expert that reach a product under this plan."""
+        return plan.groups.count_E
+
+
+@dataclass(frozen=True)
+class Dropless(DispatchSpec):
+    """Every assignment is run, each expert on just its own rows (MegaBlocks' dropless MoE).
+
+    Attributes:
+        backend: ``grouped_mm`` uses ``torch.nn.functional.grouped_mm`` where it takes the dtype
+            and sizes and the loop elsewhere; ``loop`` is one product an expert, the oracle.
+    """
+
+    backend: Literal["grouped_mm", "loop"] = "grouped_mm"
+
+    def build(self) -> Dispatch:
+        return DroplessDispatch(self)
+
+
+class DroplessDispatch(Dispatch):
+    """The module of :class:`Dropless`."""
+
+    def __init__(self, spec: Dropless) -> None:
+        super().__init__()
+        self.groups: type[RowGroups] = GroupedMM if spec.backend == "grouped_mm" else RowGroups
+
+    def plan(self, routing: Routing, experts: Experts) -> Plan:
+        return plan_rows(routing, experts.dispatched_ranges, self.groups)
+
+
+@dataclass(frozen=True)
+class Capacity(DispatchSpec):
+    """Each expert runs at most its capacity of rows; assignments beyond it are dropped.
+
+    A token that loses all its assignments gets 0 from the layer and passes by its residual.
+
+    Attributes:
+        factor: capacity over the mean load, in training.
+        eval_factor: the same in evaluation; None for no limit there.
+        tau: capacity of an expert with matrix products over that of a zero-computation expert;
+            the τ of MoE++'s heterogeneous capacity.
+        count: whether a token counts K times (``assignments``) or once (``tokens``, MoE++'s
+            formula as printed, which drops at least 45% of top-2 assignments at factor 1.1).
+        priority: who stays when an expert overflows, see :func:`moekit.dispatch.limit`.
+        pad: run every expert on exactly its capacity of rows, zeros included, as one batched
+            product with static shapes.
+    """
+
+    factor: float = 1.25
+    eval_factor: float | None = None
+    tau: float = 1.0
+    count: Literal["assignments", "tokens"] = "assignments"
+    priority: Literal["position", "score", "slot", "random"] = "slot"
+    pad: bool = False
+
+    def check(self) -> None:
+        for name in ("factor", "eval_factor", "tau"):
+            value = getattr(self, name)
+            self.require(value is None or value > 0, f"{name} is {value}; wanted a positive number")
+
+    def check_layer(self, router: RouterSpec, kinds: tuple[str, ...]) -> None:
+        self.require(
+            router.scores != "gates",
+            f"{type(router).__name__} decides itself how many experts run; use Dropless",
+        )
+
+    def build(self) -> Dispatch:
+        return CapacityDispatch(self)
+
+
+class CapacityDispatch(Dispatch):
+    """The module of :class:`Capacity`."""
+
+    def __init__(self, spec: Capacity) -> None:
+        super().__init__()
+        self.spec = spec
+
+    @property
+    def factor(self) -> float | None:
+        """The factor in force: that of training or that of evaluation."""
+        return self.spec.factor if self.training else self.spec.eval_factor
+
+    def capacity(self, routing: Routing, experts: Experts, factor: float) -> list[int]:
+        """Row places of each expert for this batch.
+
+        Padding rows do not count, which reads the number of tokens back to the host.
+        """
+        tokens = routing.tokens if routing.valid_N is None else int(routing.valid_N.sum())
+        slots = routing.expert_NK.shape[1] if self.spec.count == "assignments" else 1
+        return capacities(tokens, slots, experts.kinds, factor, self.spec.tau)
+
+    def limited(self, routing: Routing, experts: Experts) -> Routing:
+        if self.factor is None:
+            return routing
+        places = self.capacity(routing, experts, self.factor)
+        priority: Priority = self.spec.priority
+        return limit(routing, places, priority)
+
+    def plan(self, routing: Routing, experts: Experts) -> Plan:
+        if not self.spec.pad or self.factor is None:
+            return plan_rows(routing, experts.dispatched_ranges, GroupedMM)
+        places = self.capacity(routing, experts, self.factor)
+        start = experts.dispatched_ranges[0][0]
+        return plan_places(routing, experts.dispatched_ranges, places[start])
+
+    def rows(self, plan: Plan) -> Tensor:
+        count_E = plan.groups.count_E
+        places = getattr(plan.groups, "places", None)
+        return count_E if places is None else torch.full_like(count_E, places)
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1].to(parts[0].dtype)

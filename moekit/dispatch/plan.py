@@ -1,0 +1,122 @@
+"""The plan of a layer: which token's row goes to which place, and back.
+
+A plan is made once from a routing and can be run any number of times: a bank used as a map and a
+reduce around another operation (attention heads) gathers, computes, and gathers again on the
+same plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moekit.experts.groups import PaddedGroups, RowGroups
+from moekit.routing.routing import Routing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows sorted by expert.
+
+    Attributes:
+        assignment_R: which assignment, in the flattened (N, K) routing, each row serves; for a
+            padded plan N·K marks an empty place.
+        weight_NK: combine weights of the routing.
+        groups: the rows' grouping by dispatched expert.
+        every: True when rows and assignments correspond one to one.
+    """
+
+    assignment_R: Tensor
+    weight_NK: Tensor
+    groups: RowGroups
+    every: bool
+
+    @property
+    def token_R(self) -> Tensor:
+        """Source token of each row; N for an empty place."""
+        return self.assignment_R // self.weight_NK.shape[1]
+
+    def gather(self, x_ND: Tensor) -> Tensor:
+        """The rows (R, D) of the tokens ``x_ND``; empty places are zero."""
+        if isinstance(self.groups, PaddedGroups):
+            x_ND = torch.cat([x_ND, x_ND.new_zeros(1, x_ND.shape[1])])
+        return x_ND.index_select(0, self.token_R)
+
+    def combine(self, rows_RD: Tensor) -> Tensor:
+        """Each token's weighted sum (N, D) of its rows, accumulated in at least float32."""
+        if self.every:
+            return self._combine_every(rows_RD)
+        return self._combine_some(rows_RD)
+
+    def _combine_every(self, rows_RD: Tensor) -> Tensor:
+        """Back to token order, then one small product a token: deterministic on every device."""
+        tokens, slots = self.weight_NK.shape
+        place_R = torch.empty_like(self.assignment_R)
+        place_R[self.assignment_R] = torch.arange(len(place_R), device=place_R.device)
+        rows_NKD = rows_RD.index_select(0, place_R).view(tokens, slots, -1)
+        weight_N1K = self.weight_NK[:, None, :].to(rows_RD.dtype)
+        return torch.bmm(weight_N1K, rows_NKD).squeeze(1)
+
+    def _combine_some(self, rows_RD: Tensor) -> Tensor:
+        """Add rows into their tokens; on CUDA the order of additions is not fixed."""
+        tokens = self.weight_NK.shape[0]
+        dtype = torch.promote_types(rows_RD.dtype, torch.float32)
+        none = self.weight_NK.new_zeros(1)
+        weight_R = torch.cat([self.weight_NK.flatten(), none]).index_select(0, self.assignment_R)
+        weighted_RD = rows_RD.to(dtype) * weight_R[:, None].to(dtype)
+        out_ND = weighted_RD.new_zeros(tokens + 1, rows_RD.shape[1])
+        return out_ND.index_add(0, self.token_R, weighted_RD)[:tokens].to(rows_RD.dtype)
+
+
+def plan_rows(
+    routing: Routing, ranges: list[tuple[int, int]], groups: type[RowGroups] = RowGroups
+) -> Plan:
+    """The plan that sorts the assignments to the experts in ``ranges`` by expert.
+
+    Assignments to other experts and unused slots get no row. Sorting is stable, so the rows of an
+    expert are in token order. Reads one number back to the host unless ``routing.full`` holds and
+    the ranges cover every expert.
+    """
+    experts = sum(stop - start for start, stop in ranges)
+    local_NK = _local_ids(routing, ranges, experts)
+    order = local_NK.flatten().argsort(stable=True)
+    count_E = torch.bincount(local_NK.flatten(), minlength=experts + 1)[:experts]
+    every = routing.full and experts == routing.experts
+    assignment_R = order if every else order[: int(count_E.sum())]
+    return Plan(assignment_R, routing.weight_NK, groups(count_E), every)
+
+
+def plan_places(routing: Routing, ranges: list[tuple[int, int]], places: int) -> Plan:
+    """The plan that gives every expert in ``ranges`` the same number of row places.
+
+    Nothing is read back to the host. The routing must not hold more than ``places`` assignments
+    an expert: see :mod:`moekit.dispatch.capacity`.
+    """
+    experts = sum(stop - start for start, stop in ranges)
+    local = _local_ids(routing, ranges, experts).flatten()
+    count_E = torch.bincount(local, minlength=experts + 1)[:experts]
+    order = local.argsort(stable=True)
+    start_E = count_E.cumsum(0) - count_E
+    place_C = torch.arange(places, device=local.device)
+    taken_EC = place_C < count_E[:, None]
+    row_EC = (start_E[:, None] + place_C).clamp_max(max(len(order) - 1, 0))
+    empty = routing.expert_NK.numel()
+    source = order if len(order) else order.new_full((1,), empty)
+    assignment_EC = torch.where(taken_EC, source[row_EC], empty)
+    groups = PaddedGroups(count_E, places)
+    return Plan(assignment_EC.flatten(), routing.weight_NK, groups, every=False)
+
+
+def _local_ids(routing: Routing, ranges: list[tuple[int, int]], experts: int) -> Tensor:
+    """Ids (N, K) counted over the dispatched experts only; ``experts`` for all else."""
+    expert_NK = routing.expert_NK
+    if ranges == [(0, routing.experts)]:
+        return torch.where(routing.used_NK, expert_NK, experts)
+    local_NK, position = torch.full_like(expert_NK, experts), 0
+    for start, stop in ranges:
+        inside_NK = (expert_NK >= start) & (expert_NK < stop)
+        local_NK = torch.where(inside_NK, expert_NK - start + position, local_NK)
+        position += stop - start
+    return local_NK

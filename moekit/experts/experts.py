@@ -1,0 +1,150 @@
+"""The expert bank protocol, and the bank made of banks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moekit.experts.groups import RowGroups
+from moekit.spec import Spec
+
+
+@dataclass(frozen=True)
+class ExpertsSpec(Spec):
+    """Base of every bank spec."""
+
+    abstract: ClassVar[bool] = True
+
+    def expert_kinds(self) -> tuple[str, ...]:
+        """One entry an expert: ``feed_forward``, ``zero``, ``copy`` or ``constant``."""
+        raise NotImplementedError
+
+    def build(self, width: int) -> Experts:
+        """The bank module for rows of ``width``."""
+        raise NotImplementedError
+
+    def out_width(self, width: int) -> int:
+        """Width of the rows that the bank returns."""
+        return width
+
+    def parameters_E(self, width: int) -> tuple[int, ...]:
+        """Number of parameters of each expert."""
+        raise NotImplementedError
+
+
+class Experts(nn.Module):
+    """Base of every expert bank.
+
+    A bank is run in two ways, and an expert belongs to one of them. Experts with matrix products
+    are *dispatched*: ``forward`` gets their rows sorted by expert. Zero-computation experts are
+    *direct*: ``direct`` adds their weighted outputs from the whole token matrix by elementwise
+    algebra; their rows are never gathered.
+
+    Attributes:
+        kinds: one entry an expert, see :meth:`ExpertsSpec.expert_kinds`.
+        width, out_width: widths of the rows in and out.
+    """
+
+    def __init__(self, kinds: tuple[str, ...], width: int, out_width: int) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self.width = width
+        self.out_width = out_width
+
+    @property
+    def dispatched_ranges(self) -> list[tuple[int, int]]:
+        """The ranges ``[start, stop)`` of expert ids whose rows ``forward`` wants, in order."""
+        return [(0, len(self.kinds))]
+
+    @property
+    def dispatched(self) -> int:
+        """Number of experts whose rows ``forward`` wants."""
+        return sum(stop - start for start, stop in self.dispatched_ranges)
+
+    def forward(self, rows_RD: Tensor, groups: RowGroups) -> Tensor:
+        """Outputs (R, out_width) of the dispatched experts for their rows."""
+        raise NotImplementedError
+
+    def direct(self, x_ND: Tensor, weight_NE: Tensor) -> Tensor | None:
+        """Weighted sum (N, D) of the direct experts' outputs, or None if it is zero.
+
+        ``weight_NE`` holds the combine weights of this bank's experts as a dense matrix.
+        """
+        return None
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw the parameters anew from torch's default generator."""
+
+
+@dataclass(frozen=True)
+class Bank(ExpertsSpec):
+    """Several banks as one: expert ids run through the parts in order.
+
+    Example: ``Bank((SwiGLU(count=8, hidden=256), Constant(2), Copy(1), Zero(1)))`` is MoE++'s.
+    """
+
+    parts: tuple[ExpertsSpec, ...]
+
+    def check(self) -> None:
+        self.require(len(self.parts) > 0, "it has no parts; give at least one bank")
+
+    def expert_kinds(self) -> tuple[str, ...]:
+        return tuple(kind for part in self.parts for kind in part.expert_kinds())
+
+    def build(self, width: int) -> Experts:
+        return ExpertsBank(self, width)
+
+    def out_width(self, width: int) -> int:
+        widths = {part.out_width(width) for part in self.parts}
+        self.require(len(widths) == 1, f"its parts return rows of different widths {widths}")
+        return widths.pop()
+
+    def parameters_E(self, width: int) -> tuple[int, ...]:
+        return tuple(n for part in self.parts for n in part.parameters_E(width))
+
+
+class ExpertsBank(Experts):
+    """The module of :class:`Bank`."""
+
+    def __init__(self, spec: Bank, width: int) -> None:
+        super().__init__(spec.expert_kinds(), width, spec.out_width(width))
+        self.parts = nn.ModuleList(part.build(width) for part in spec.parts)
+
+    @property
+    def dispatched_ranges(self) -> list[tuple[int, int]]:
+        ranges, start = [], 0
+        for part in self._parts():
+            ranges += [(start + a, start + b) for a, b in part.dispatched_ranges]
+            start += len(part.kinds)
+        return ranges
+
+    def forward(self, rows_RD: Tensor, groups: RowGroups) -> Tensor:
+        working = [part for part in self._parts() if part.dispatched]
+        if len(working) == 1:  # the usual case: one feed-forward bank beside cheap experts
+            return working[0](rows_RD, groups)
+        outputs, expert, row = [], 0, 0
+        for part in working:
+            size = sum(groups.sizes[expert : expert + part.dispatched])
+            own = groups.slice(expert, expert + part.dispatched)
+            outputs.append(part(rows_RD[row : row + size], own))
+            expert, row = expert + part.dispatched, row + size
+        return torch.cat(outputs)
+
+    def direct(self, x_ND: Tensor, weight_NE: Tensor) -> Tensor | None:
+        weights = weight_NE.split([len(part.kinds) for part in self._parts()], dim=1)
+        total: Tensor | None = None
+        for part, weight in zip(self._parts(), weights, strict=True):
+            own = part.direct(x_ND, weight)
+            if own is not None:
+                total = own if total is None else total + own
+        return total
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        for part in self._parts():
+            part.reset_parameters(std)
+
+    def _parts(self) -> list[Experts]:
+        return list(self.parts)  # type: ignore[arg-type]

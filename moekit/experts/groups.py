@@ -1,0 +1,154 @@
+"""Rows grouped by expert, and the matrix products over them.
+
+A bank receives its rows sorted by expert together with a :class:`RowGroups`, and writes its
+products as ``groups.linear(rows, weight, bias)``. Which kernel that is, is the dispatcher's
+choice; the loop is the oracle of the others.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class RowGroups:
+    """R rows sorted by expert: the first ``count_E[0]`` belong to expert 0, and so on.
+
+    ``linear`` here is a readable loop over experts, one product each. It takes every dtype and
+    size, and reads the counts back to the host once.
+
+    Args:
+        count_E: rows of each expert, int64.
+    """
+
+    def __init__(self, count_E: Tensor) -> None:
+        self.count_E = count_E
+
+    @property
+    def experts(self) -> int:
+        """Number of experts E."""
+        return self.count_E.shape[0]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The counts as Python integers; a device sync on its first use."""
+        return [int(n) for n in self.count_E.tolist()]
+
+    def slice(self, start: int, stop: int) -> Self:
+        """The groups of experts ``start`` to ``stop`` alone."""
+        return type(self)(self.count_E[start:stop])
+
+    def linear(self, rows_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None = None) -> Tensor:
+        """``row Wᵀ + b`` with the weight and bias of each row's expert, (R, O).
+
+        Under autocast, operands are cast as ``torch.nn.functional.linear`` would cast them.
+        """
+        out_RO = self.product(_autocast(rows_RI), _autocast(weight_EOI))
+        return out_RO if bias_EO is None else out_RO + self.of_row(_autocast(bias_EO))
+
+    def product(self, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
+        """The grouped product without bias."""
+        parts = rows_RI.split(self.sizes)
+        weights = weight_EOI.unbind(0)
+        return torch.cat([part @ w.T for part, w in zip(parts, weights, strict=True)])
+
+    def of_row(self, value_EX: Tensor) -> Tensor:
+        """Each row's own expert's entry of ``value_EX``, (R, X)."""
+        return value_EX.repeat_interleave(self.count_E, dim=0)
+
+
+class GroupedMM(RowGroups):
+    """Products through ``torch.nn.functional.grouped_mm``; needs :func:`fits_grouped_mm`."""
+
+    @cached_property
+    def end_E(self) -> Tensor:
+        """Cumulative row counts, int32, as grouped_mm wants them."""
+        return self.count_E.cumsum(0, dtype=torch.int32)
+
+    def product(self, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
+        if not fits_grouped_mm(rows_RI, weight_EOI):
+            return super().product(rows_RI, weight_EOI)
+        return _GroupedMM.apply(rows_RI, weight_EOI, self.end_E)  # type: ignore[no-untyped-call]
+
+
+class PaddedGroups(RowGroups):
+    """Every expert has the same number of row places; places beyond its count hold zeros.
+
+    Shapes are static, so nothing is read back to the host; the padding is computed too.
+
+    Args:
+        count_E: rows of each expert that hold a token.
+        places: row places C of each expert.
+    """
+
+    def __init__(self, count_E: Tensor, places: int) -> None:
+        super().__init__(count_E)
+        self.places = places
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return [self.places] * self.experts
+
+    def slice(self, start: int, stop: int) -> Self:
+        return type(self)(self.count_E[start:stop], self.places)
+
+    def product(self, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
+        rows_ECI = rows_RI.unflatten(0, (self.experts, self.places))
+        return torch.bmm(rows_ECI, weight_EOI.transpose(1, 2)).flatten(0, 1)
+
+    def of_row(self, value_EX: Tensor) -> Tensor:
+        return value_EX.repeat_interleave(self.places, dim=0)
+
+
+def fits_grouped_mm(rows_RI: Tensor, weight_EOI: Tensor) -> bool:
+    """Whether torch's grouped_mm takes these operands.
+
+    It wants float32, bfloat16 or float16 and row strides of a multiple of 16 bytes; tracing with
+    fake tensors accepts bfloat16 only (torch 2.13), so float32 under ``torch.compile`` loops.
+    """
+    allowed = {torch.float32, torch.bfloat16, torch.float16}
+    if rows_RI.device.type == "cuda":
+        allowed = {torch.bfloat16}
+    if rows_RI.dtype not in allowed or rows_RI.dtype != weight_EOI.dtype:
+        return False
+    if torch.compiler.is_compiling() and rows_RI.dtype != torch.bfloat16:
+        return False
+    unit = 16 // rows_RI.element_size()
+    return weight_EOI.shape[1] % unit == 0 and weight_EOI.shape[2] % unit == 0
+
+
+class _GroupedMM(torch.autograd.Function):
+    """grouped_mm whose backward accepts any incoming gradient layout.
+
+    torch's own backward fails on an expanded gradient, such as that of ``out.sum()``.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows_RI: Tensor, weight_EOI: Tensor, end_E: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RI, weight_EOI, end_E)
+        rows_RI = rows_RI.contiguous()
+        return torch.nn.functional.grouped_mm(rows_RI, weight_EOI.transpose(1, 2), offs=end_E)
+
+    @staticmethod
+    def backward(ctx, grad_RO):  # type: ignore[no-untyped-def]
+        rows_RI, weight_EOI, end_E = ctx.saved_tensors
+        grad_RO = grad_RO.contiguous()
+        grad_rows_RI = grad_weight_EOI = None
+        if ctx.needs_input_grad[0]:
+            grad_rows_RI = torch.nn.functional.grouped_mm(grad_RO, weight_EOI, offs=end_E)
+        if ctx.needs_input_grad[1]:
+            grad_weight_EOI = torch.nn.functional.grouped_mm(
+                grad_RO.T, rows_RI.contiguous(), offs=end_E
+            )
+        return grad_rows_RI, grad_weight_EOI, None
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))

@@ -1,0 +1,166 @@
+"""The MoE layer: who computes (router), how rows travel (dispatch), what is computed (experts)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moekit.dispatch.dispatch import Dispatch, DispatchSpec, Dropless
+from moekit.errors import SpecError
+from moekit.experts.experts import Experts, ExpertsSpec
+from moekit.experts.feed_forward import FeedForwardSpec
+from moekit.experts.groups import GroupedMM
+from moekit.routing.losses import LossSpec
+from moekit.routing.router import ZERO_COMPUTATION, Router, RouterSpec, Site
+from moekit.routing.routing import Carry, Routing, Signals
+from moekit.spec import Spec
+
+
+@dataclass(frozen=True)
+class MoESpec(Spec):
+    """A whole MoE layer, as a person types it and ``config.json`` stores it.
+
+    Attributes:
+        router: who computes.
+        experts: what is computed.
+        dispatch: how rows travel.
+        losses: routing losses of the layer, each with its weight.
+        shared: a feed-forward expert that every token also passes, or None.
+        shared_gate: multiply the shared expert's output by ``sigmoid(x w)`` (Qwen2-MoE).
+
+    Example:
+        >>> from moekit import MoESpec, SwiGLU, TopK
+        >>> layer = MoESpec(TopK(k=2), SwiGLU(count=8, hidden=64)).build(width=32)
+        >>> layer(torch.randn(2, 5, 32)).y.shape
+        torch.Size([2, 5, 32])
+    """
+
+    router: RouterSpec
+    experts: ExpertsSpec
+    dispatch: DispatchSpec = Dropless()
+    losses: tuple[LossSpec, ...] = ()
+    shared: FeedForwardSpec | None = None
+    shared_gate: bool = False
+
+    def check(self) -> None:
+        kinds = self.experts.expert_kinds()
+        self.router.check_experts(kinds)
+        self.dispatch.check_layer(self.router, kinds)
+        for loss in self.losses:
+            loss.check_layer(self.router, kinds)
+        self.require(
+            self.shared is None or self.shared.count == 1,
+            "shared is one expert for every token; give it count=1 and the hidden width you want",
+        )
+        self.require(
+            self.shared is not None or not self.shared_gate, "shared_gate is set without shared"
+        )
+        self.require(
+            any(kind not in ZERO_COMPUTATION for kind in kinds),
+            "the bank has zero-computation experts only; add a feed-forward bank",
+        )
+
+    def build(self, width: int, previous: int | None = None, vocabulary: int | None = None) -> MoE:
+        """The layer for rows of ``width``.
+
+        Args:
+            previous: number of experts of the nearest MoE layer below, if any.
+            vocabulary: number of token ids, for routers that look at them.
+        """
+        site = Site(width, self.experts.expert_kinds(), previous, vocabulary)
+        shared = None if self.shared is None else self.shared.build(width)
+        gate = nn.Linear(width, 1, bias=False) if self.shared_gate else None
+        return MoE(
+            self.router.build(site),
+            self.experts.build(width),
+            self.dispatch.build(),
+            shared=shared,
+            shared_gate=gate,
+        )
+
+    def expected_load(self) -> float:
+        """Dispatched experts a token once the balance loss has settled.
+
+        For top-k with MoE++'s loss this is ``k τ N / (τ N + Z)``, for AdaMoE ``k n / (n + m)``.
+        """
+        kinds = self.experts.expert_kinds()
+        shares = next((s for s in (loss.shares(kinds) for loss in self.losses) if s), None)
+        shares = shares or tuple(1 / len(kinds) for _ in kinds)
+        counted = tuple(kind not in ZERO_COMPUTATION for kind in kinds)
+        return self.router.expected_load(shares, counted)
+
+
+@dataclass(frozen=True)
+class MoEOutput:
+    """What a layer returns.
+
+    Attributes:
+        y: outputs, of the input's leading shape.
+        routing: the router's decision, before any capacity limit.
+        rows_E: rows of each dispatched expert that reached a matrix product.
+        dropped: assignments that a capacity limit dropped ().
+        carry: what the next layer is handed.
+    """
+
+    y: Tensor
+    routing: Routing
+    rows_E: Tensor
+    dropped: Tensor
+    carry: Carry
+
+
+class MoE(nn.Module):
+    """The layer. Modules can be shared between layers by passing the same one to several."""
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        dispatch: Dispatch,
+        *,
+        shared: Experts | None = None,
+        shared_gate: nn.Linear | None = None,
+    ) -> None:
+        super().__init__()
+        if router.site.kinds != experts.kinds:
+            raise SpecError(
+                f"the router was built for {router.site.experts} experts "
+                f"and the bank has {len(experts.kinds)}, or of other kinds"
+            )
+        self.router = router
+        self.experts = experts
+        self.dispatch = dispatch
+        self.shared = shared
+        self.shared_gate = shared_gate
+
+    def forward(
+        self, x: Tensor, signals: Signals | None = None, carry: Carry | None = None
+    ) -> MoEOutput:
+        """Route and compute the rows of ``x`` (..., D).
+
+        Args:
+            signals: what the router may look at, one entry a row of the flattened ``x``.
+            carry: what the layer below handed over.
+        """
+        carry = Carry() if carry is None else carry
+        signals = Signals() if signals is None else signals
+        signals = signals.replace(previous_logits_NE=carry.logits_NE, experts=self.experts)
+        x_ND = x.flatten(0, -2)
+        routing = self.router(x_ND, signals)
+        done = self.dispatch(x_ND, routing, self.experts)
+        y_ND = done.y_ND if self.shared is None else done.y_ND + self._shared(x_ND)
+        return MoEOutput(
+            y=y_ND.view(*x.shape[:-1], y_ND.shape[-1]),
+            routing=routing,
+            rows_E=done.rows_E,
+            dropped=(routing.used_NK & ~done.routing.used_NK).sum(),
+            carry=carry.replace(logits_NE=routing.logits_NE),
+        )
+
+    def _shared(self, x_ND: Tensor) -> Tensor:
+        assert self.shared is not None
+        count_E = torch.full((1,), x_ND.shape[0], device=x_ND.device)
+        y_ND = self.shared(x_ND, GroupedMM(count_E))
+        return y_ND if self.shared_gate is None else self.shared_gate(x_ND).sigmoid() * y_ND

@@ -1,0 +1,55 @@
+"""Who computes: routers, and the losses that keep them balanced."""
+
+from moekit.routing.expert_choice import ExpertChoice, ExpertChoiceRouter
+from moekit.routing.hash import Hash, HashRouter
+from moekit.routing.l1_balance import L1Balance, L1BalanceLoss
+from moekit.routing.losses import (
+    Batch,
+    Entropy,
+    HeterogeneousBalance,
+    Loss,
+    LossSpec,
+    NullAwareBalance,
+    RouterZ,
+    SwitchBalance,
+)
+from moekit.routing.pathway import Pathway, PathwayRouter
+from moekit.routing.relu import ReLURouter, ReLURouting
+from moekit.routing.router import ZERO_COMPUTATION, Router, RouterSpec, Site
+from moekit.routing.routing import Carry, Load, Routing, Signals
+from moekit.routing.routing_losses import LossSite, RoutingLosses, all_reduce_loads
+from moekit.routing.top_k import TopK, TopKRouter
+
+__all__ = [
+    "ZERO_COMPUTATION",
+    "Batch",
+    "Carry",
+    "Entropy",
+    "ExpertChoice",
+    "ExpertChoiceRouter",
+    "Hash",
+    "HashRouter",
+    "HeterogeneousBalance",
+    "L1Balance",
+    "L1BalanceLoss",
+    "Load",
+    "Loss",
+    "LossSite",
+    "LossSpec",
+    "NullAwareBalance",
+    "Pathway",
+    "PathwayRouter",
+    "ReLURouter",
+    "ReLURouting",
+    "Router",
+    "RouterSpec",
+    "RouterZ",
+    "Routing",
+    "RoutingLosses",
+    "Signals",
+    "Site",
+    "SwitchBalance",
+    "TopK",
+    "TopKRouter",
+    "all_reduce_loads",
+]

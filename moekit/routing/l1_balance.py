@@ -1,0 +1,91 @@
+"""ReMoE's load-balancing L1 penalty and the controller of its coefficient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moekit.routing.float32 import KeepsFloat32
+from moekit.routing.losses import Batch, Loss, LossSpec
+from moekit.routing.router import RouterSpec, Site
+from moekit.routing.routing import Load
+
+
+@dataclass(frozen=True)
+class L1Balance(LossSpec):
+    """Keeps the mean number of active experts a token at ``k`` (ReMoE, eq. 7-9).
+
+    Loss of a layer: ``(1/T) Σ_t Σ_e f_e R_te`` with ``f_e = (E / kT) Σ_t [R_te > 0]`` detached,
+    averaged over layers as in the paper (the released code adds layers up, so its λ are not
+    comparable). Its coefficient λ is state: after each optimiser step it is multiplied by
+    ``alpha`` if the sparsity of the step was below ``1 - k/E``, and divided by it if above.
+
+    Attributes:
+        weight: factor on λ; 1 in the paper.
+        k: target mean of active experts a token; must equal the router's.
+        initial: λ at the first step.
+        alpha: factor of one correction.
+        balanced: False leaves ``f`` out, the paper's plain L1.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("gates",)
+    weight: float = 1.0
+    k: float = 1
+    initial: float = 1e-8
+    alpha: float = 1.2
+    balanced: bool = True
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.k > 0, f"k is {self.k}; wanted a positive target")
+        self.require(self.initial > 0, f"initial is {self.initial}; wanted a positive λ")
+        self.require(self.alpha > 1, f"alpha is {self.alpha}; wanted more than 1")
+
+    def check_layer(self, router: RouterSpec, kinds: tuple[str, ...]) -> None:
+        super().check_layer(router, kinds)
+        k = getattr(router, "k", None)
+        self.require(k == self.k, f"its k is {self.k} but the router's is {k}; make them equal")
+        self.require(self.k < len(kinds), f"k is {self.k} but the bank has {len(kinds)} experts")
+
+    def build(self, site: Site) -> L1BalanceLoss:
+        return L1BalanceLoss(self, site)
+
+
+class L1BalanceLoss(KeepsFloat32, Loss):
+    """The module of :class:`L1Balance`; ``lam`` is λ, a float32 buffer."""
+
+    float32_buffers = ("lam",)  # 1e-8 and a factor of 1.2 do not survive half precision
+    spec: L1Balance
+    lam: Tensor
+
+    def __init__(self, spec: L1Balance, site: Site) -> None:
+        super().__init__(spec, site)
+        self.register_buffer("lam", torch.tensor(spec.initial, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Put λ back to its initial value."""
+        self.lam.fill_(self.spec.initial)
+
+    def coefficient(self) -> Tensor:
+        return self.lam * self.spec.weight
+
+    def forward(self, batch: Batch) -> Tensor:
+        mean_E = batch.mean(batch.scores_NE)
+        if self.spec.balanced:
+            mean_E = mean_E * batch.fraction_E * (len(self.kinds) / self.spec.k)
+        return mean_E.sum()
+
+    def reduce(self, values_L: Tensor) -> Tensor:
+        return values_L.mean()
+
+    @torch.no_grad()
+    def update(self, loads: Sequence[Load]) -> None:
+        """Correct λ once, by the sparsity of the step over all layers, micro-batches and ranks."""
+        active_L = torch.stack([load.assignments_E.sum() / load.tokens for load in loads])
+        sparsity = 1 - active_L.mean() / len(self.kinds)
+        sign = torch.sign(1 - self.spec.k / len(self.kinds) - sparsity)
+        self.lam.mul_(torch.as_tensor(self.spec.alpha, device=sign.device) ** sign)

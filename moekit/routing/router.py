@@ -1,0 +1,155 @@
+"""The router protocol: a spec that builds a module that maps hidden states to a Routing."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moekit.errors import SignalError
+from moekit.routing.routing import Load, Routing, Signals
+from moekit.spec import Spec
+
+# What an expert does with a row; "feed_forward" stands for every expert with a matrix product.
+ZERO_COMPUTATION = ("zero", "copy", "constant")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a router stands: all that it may need to know to be built.
+
+    Attributes:
+        width: model width D of the rows it sees.
+        kinds: one entry an expert: ``feed_forward``, ``zero``, ``copy`` or ``constant``.
+        previous_experts: number of experts of the nearest MoE layer below, None for the first.
+        vocabulary: number of token ids, None outside language models.
+    """
+
+    width: int
+    kinds: tuple[str, ...]
+    previous_experts: int | None = None
+    vocabulary: int | None = None
+
+    @property
+    def experts(self) -> int:
+        """Number of experts E."""
+        return len(self.kinds)
+
+
+@dataclass(frozen=True)
+class RouterSpec(Spec):
+    """Base of every router spec.
+
+    ``causal`` tells whether a token's routing is independent of later tokens, ``scores`` what
+    ``Routing.scores_NE`` holds: probabilities that sum to 1, free non-negative gates, or nothing.
+    """
+
+    abstract: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
+    scores: ClassVar[Literal["probabilities", "gates", "nothing"]] = "probabilities"
+
+    def build(self, site: Site) -> Router:
+        """The router module for a place in a model."""
+        raise NotImplementedError
+
+    def check_experts(self, kinds: tuple[str, ...]) -> None:
+        """Refuse a bank that this router cannot serve."""
+
+    def expected_load(self, share_E: tuple[float, ...], counted_E: tuple[bool, ...]) -> float:
+        """Experts a token among those ``counted_E``, if expert loads settle at ``share_E``.
+
+        ``share_E`` is each expert's share of all assignments and sums to 1.
+        """
+        raise NotImplementedError
+
+
+class Router(nn.Module):
+    """Base of every router. Subclasses implement ``route``.
+
+    ``requires`` names the fields of :class:`Signals` without which the router cannot run; a
+    missing one is refused by name. Rows that ``signals.valid_N`` marks as padding get no expert.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Coefficient of each loss that this router puts into ``Routing.losses``."""
+        return {}
+
+    def forward(self, x_ND: Tensor, signals: Signals | None = None) -> Routing:
+        """Route each row of ``x_ND``.
+
+        Raises:
+            SignalError: a required signal is missing, or one has the wrong number of rows.
+        """
+        signals = Signals() if signals is None else signals
+        self._check(x_ND, signals)
+        routing = self.route(x_ND, signals)
+        if torch.is_anomaly_enabled() and routing.logits_NE is not None:
+            self._check_finite(routing.logits_NE)
+        return routing.without_padding(signals.valid_N)
+
+    def route(self, x_ND: Tensor, signals: Signals) -> Routing:
+        """Decide the experts of each row; padding is removed afterwards by ``forward``."""
+        raise NotImplementedError
+
+    def update(self, load: Load) -> None:
+        """Change state without gradient; called once an optimiser step with that step's load."""
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw the parameters anew from torch's default generator."""
+
+    def _check(self, x_ND: Tensor, signals: Signals) -> None:
+        name = type(self).__name__
+        for signal in sorted(self.requires):
+            if getattr(signals, signal) is None:
+                raise SignalError(f"{name} needs the signal {signal}, which was not passed")
+        for signal in ("valid_N", "token_id_N", "scope_N", "modality_N"):
+            value = getattr(signals, signal)
+            if value is not None and value.shape != x_ND.shape[:1]:
+                raise SignalError(
+                    f"{name}: signal {signal} has shape {tuple(value.shape)}; "
+                    f"wanted ({x_ND.shape[0]},), one entry a row"
+                )
+
+    def _check_finite(self, logits_NE: Tensor) -> None:
+        if not bool(torch.isfinite(logits_NE).all()):
+            raise SignalError(
+                f"{type(self).__name__} produced logits that are not finite; "
+                "its input or its weights hold NaN or infinity"
+            )
+
+
+def routing_dtype(x: Tensor) -> torch.dtype:
+    """Routers compute in float32 whatever the model's dtype, and in float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def linear_logits(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """``x Wᵀ + b`` in at least float32, also under autocast."""
+    dtype = routing_dtype(x_ND)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        bias = None if bias_E is None else bias_E.to(dtype)
+        return torch.nn.functional.linear(x_ND.to(dtype), weight_ED.to(dtype), bias)
+
+
+def ranges_of(kinds: tuple[str, ...], kind: str) -> list[tuple[int, int]]:
+    """The runs ``[start, stop)`` of consecutive experts of one kind.
+
+    Comparing ids with a few bounds needs no table on the device and none in the checkpoint.
+    """
+    ranges, position = [], 0
+    for name, run in itertools.groupby(kinds):
+        length = len(list(run))
+        if name == kind:
+            ranges.append((position, position + length))
+        position += length
+    return ranges

@@ -1,0 +1,188 @@
+"""The currency of the project: what a router decides, and what it may look at.
+
+Shape suffixes, here and everywhere: N tokens, D model width, H expert hidden width, E experts,
+K slots a token, R rows after dispatch, B batch, T time, S scopes (sequences, tasks, images).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moekit.experts.experts import Experts
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a router may look at beside the hidden states; each field is optional.
+
+    Attributes:
+        valid_N: True where the row is a real token, False where it is padding.
+        token_id_N: vocabulary id of each row.
+        scope_N: index of the scope (sequence, chunk, task, image, environment) of each row.
+        modality_N: type id of each row, for routers that treat types apart.
+        condition_SC: one embedding a scope: a timestep, a task, an environment.
+        attention_NN: attention weights of the layer's rows over its rows, block diagonal over
+            sequences.
+        previous_logits_NE: raw router logits of the nearest MoE layer below.
+        experts: the bank behind the router, for routers that use the experts' own weights.
+    """
+
+    valid_N: Tensor | None = None
+    token_id_N: Tensor | None = None
+    scope_N: Tensor | None = None
+    modality_N: Tensor | None = None
+    condition_SC: Tensor | None = None
+    attention_NN: Tensor | None = None
+    previous_logits_NE: Tensor | None = None
+    experts: Experts | None = None
+
+    def replace(self, **changes: object) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What a stack of layers hands from one to the next over depth, and nothing else does.
+
+    Attributes:
+        logits_NE: raw logits of the last router passed, for gating residuals (MoE++).
+        momentum: tensors of the hidden state's shape, for residual rules with memory.
+    """
+
+    logits_NE: Tensor | None = None
+    momentum: tuple[Tensor, ...] = ()
+
+    def replace(self, **changes: object) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token uses, and with what weight.
+
+    Attributes:
+        expert_NK: expert ids, int64; -1 marks an unused slot.
+        weight_NK: combine weights; 0 in unused slots.
+        experts: number of experts E that the ids index.
+        logits_NE: raw scores before any normalisation, or None where they are never formed.
+        scores_NE: what balance losses average: probabilities, or gates.
+        losses: the router's own losses by name, unscaled.
+        valid_N: False for padding, or None when every row is a token.
+        full: True when every slot of every row is known to be used without looking at the data,
+            so that the number of dispatched rows needs no device sync.
+    """
+
+    expert_NK: Tensor
+    weight_NK: Tensor
+    experts: int
+    logits_NE: Tensor | None = None
+    scores_NE: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    valid_N: Tensor | None = None
+    full: bool = False
+
+    def __post_init__(self) -> None:
+        if self.expert_NK.shape != self.weight_NK.shape or self.expert_NK.dim() != 2:
+            raise ValueError(
+                f"expert ids {tuple(self.expert_NK.shape)} and weights "
+                f"{tuple(self.weight_NK.shape)} must both be (N, K)"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Number of rows N, padding included."""
+        return self.expert_NK.shape[0]
+
+    @property
+    def used_NK(self) -> Tensor:
+        """True where a slot holds an expert."""
+        return self.expert_NK >= 0
+
+    def replace(self, **changes: object) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def keep(self, keep_NK: Tensor) -> Self:
+        """The routing without the assignments where ``keep_NK`` is False."""
+        return self.replace(
+            expert_NK=self.expert_NK.masked_fill(~keep_NK, -1),
+            weight_NK=self.weight_NK.masked_fill(~keep_NK, 0.0),
+            full=False,
+        )
+
+    def without_padding(self, valid_N: Tensor | None) -> Self:
+        """The routing with no expert for rows where ``valid_N`` is False."""
+        if valid_N is None:
+            return self
+        return self.keep(valid_N[:, None].expand_as(self.expert_NK)).replace(valid_N=valid_N)
+
+    def take(self, scope_N: Tensor) -> Self:
+        """Broadcast a routing made for S scopes to the N rows that ``scope_N`` assigns to them."""
+        logits, scores = self.logits_NE, self.scores_NE
+        return self.replace(
+            expert_NK=self.expert_NK[scope_N],
+            weight_NK=self.weight_NK[scope_N],
+            logits_NE=None if logits is None else logits[scope_N],
+            scores_NE=None if scores is None else scores[scope_N],
+            valid_N=None if self.valid_N is None else self.valid_N[scope_N],
+        )
+
+    def remap(self, expert_E: Tensor, experts: int) -> Self:
+        """The routing with local expert ``i`` renamed to ``expert_E[i]`` in a bank of ``experts``.
+
+        Logits and scores keep the router's own order and are left out of the result.
+        """
+        renamed_NK = torch.where(self.used_NK, expert_E[self.expert_NK.clamp_min(0)], -1)
+        return self.replace(expert_NK=renamed_NK, experts=experts, logits_NE=None, scores_NE=None)
+
+    def load_E(self) -> Tensor:
+        """Assignments each expert received, int64 (E,)."""
+        shifted = self.expert_NK.flatten() + 1
+        return torch.bincount(shifted, minlength=self.experts + 1)[1:]
+
+    def valid_tokens(self) -> Tensor:
+        """Number of rows that are not padding, int64 ()."""
+        if self.valid_N is None:
+            return torch.tensor(self.tokens, device=self.expert_NK.device)
+        return self.valid_N.sum()
+
+    def dense_weight_NE(self) -> Tensor:
+        """The combine weights as a matrix over all experts."""
+        dense = self.weight_NK.new_zeros(self.tokens, self.experts + 1)
+        index_NK = torch.where(self.used_NK, self.expert_NK, self.experts)
+        return dense.scatter_add(1, index_NK, self.weight_NK)[:, :-1]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Assignments and tokens counted over some batches; what ``update`` methods are given.
+
+    Attributes:
+        assignments_E: assignments each expert received, int64.
+        tokens: tokens that were routed, int64 ().
+    """
+
+    assignments_E: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, routing: Routing) -> Self:
+        """The load of one routing, padding left out."""
+        return cls(routing.load_E(), routing.valid_tokens())
+
+    def __add__(self, other: Load) -> Load:
+        return Load(self.assignments_E + other.assignments_E, self.tokens + other.tokens)
+
+
+def all_slots_NE(active_NE: Tensor) -> Tensor:
+    """Expert ids with one slot an expert: ``e`` in slot ``e`` where active, else -1."""
+    index_E = torch.arange(active_NE.shape[1], device=active_NE.device)
+    return torch.where(active_NE, index_E, -1)
