@@ -59,6 +59,22 @@ def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
     return end - begin
 
 
+class WallClock:
+    """Seconds of a run, also over the processes that it was continued in."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._before = 0.0
+
+    def start(self, before: float) -> None:
+        """The run goes on now, after ``before`` seconds in earlier processes."""
+        self._began, self._before = time.perf_counter(), before
+
+    def read(self) -> float:
+        """Seconds so far."""
+        return self._before + time.perf_counter() - self._began
+
+
 class PeakMemory:
     """The most memory in use since this was made.
 

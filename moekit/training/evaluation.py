@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from moekit.errors import DataError
 
-_IGNORED = -100
+_IGNORED = -100  # as everywhere in transformers
 
 
 @torch.no_grad()
@@ -44,14 +44,19 @@ def evaluate(
     with _in_eval_mode(model):
         for batch in _batches(dataset, batch_size, max_batches, collate):
             inputs = {name: value.to(device) for name, value in batch.items()}
-            predicted = (inputs["labels"][..., 1:] != _IGNORED).sum()
-            nats = model(**inputs).cross_entropy.double() * predicted
-            total += torch.stack([nats, predicted.double()])
+            targets = predicted_tokens(inputs["labels"])
+            nats = model(**inputs, use_cache=False).cross_entropy.double() * targets
+            total += torch.stack([torch.where(targets > 0, nats, 0.0), targets.double()])
     if _distributed():
         dist.all_reduce(total)
     if total[1] == 0:
         raise DataError("there is nothing to evaluate: the data set holds no token to predict")
     return float(total[0] / total[1])
+
+
+def predicted_tokens(labels: Tensor) -> Tensor:
+    """How many tokens of ``labels`` (B, T) are predicted: the first of a sequence never is."""
+    return (labels[..., 1:] != _IGNORED).sum()
 
 
 def _batches(

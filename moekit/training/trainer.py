@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from moekit.errors import CheckpointError, DivergedError
 from moekit.training.checkpoints import (
@@ -24,14 +29,12 @@ from moekit.training.checkpoints import (
     saving_to,
     write_json,
 )
-from moekit.training.clock import StepClock
+from moekit.training.clock import StepClock, WallClock
 from moekit.training.decay import decayed_names
 from moekit.training.divergence import LossWatch
 from moekit.training.evaluation import evaluate
 from moekit.training.order import ShuffledPasses
 from moekit.training.window import RoutingWindow
-
-_IGNORED = -100  # label of a position that is not predicted, as everywhere in transformers
 
 
 class MoETrainer(transformers.Trainer):
@@ -60,19 +63,17 @@ class MoETrainer(transformers.Trainer):
         >>> trainer.train()  # doctest: +SKIP
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        use_cache = model.config.use_cache  # the base class sets it, and checkpoints keep it
+        super().__init__(model, *args, **kwargs)
         assert self.model is not None
-        self.model_accepts_loss_kwargs = False  # ``compute_loss`` weighs micro-batches itself
+        self.model.config.use_cache = use_cache
         self.window = RoutingWindow(cast("Any", self.model))
         self.watch = LossWatch(self.args.device, _advice(self.args))
         self.clock = StepClock(self.args.device)
-        self._started = time.perf_counter()
-        self._seconds_before = 0.0
+        self.wall = WallClock()
         self._saving = False
-        forward = inspect.signature(type(self.model).forward).parameters
-        self._extra_inputs = {"use_cache": False} if "use_cache" in forward else {}
-        self.add_callback(_AfterStep(self.window, self.watch, self.clock))
+        self.add_callback(_RoutingFlow(self.window, self.watch, self.clock, self.wall))
 
     # --- data ------------------------------------------------------------------------------------
 
@@ -87,18 +88,18 @@ class MoETrainer(transformers.Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of a step, and how many tokens they predict over all ranks."""
+        """As the base class; a step begins with it."""
         self.clock.start()
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        parts = len(samples) * self.args.world_size
-        if parts <= 1 or "labels" not in samples[0]:
-            return samples, None
-        predicted = torch.stack([_predicted(batch["labels"]) for batch in samples]).sum()
-        return samples, self.accelerator.reduce(predicted.to(device), reduction="sum")
+        return cast(
+            "tuple[list[Any], Tensor | int | None]",
+            super().get_batch_samples(epoch_iterator, num_batches, device),
+        )
 
     # --- loss ------------------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
         """One micro-batch forward and backward; its part of the step's loss."""
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -112,19 +113,12 @@ class MoETrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's loss, in which every predicted token of the step weighs the same.
-
-        The base class averages over micro-batches and DDP over ranks. Where these predict
-        different numbers of tokens, the cross-entropy is scaled by this one's share.
-        """
-        outputs = model(**inputs, **self._extra_inputs)
-        loss = outputs.loss
+        """The model's loss; in training, its routing is counted."""
+        loss, outputs = super().compute_loss(
+            model, {**inputs, "use_cache": False}, True, num_items_in_batch
+        )
         if model.training:
-            self.window.add(outputs)
-            if num_items_in_batch is not None:
-                parts = self.current_gradient_accumulation_steps * self.args.world_size
-                share = _predicted(inputs["labels"]) * parts / num_items_in_batch
-                loss = loss + (share - 1) * outputs.cross_entropy
+            self.window.add(outputs, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -183,19 +177,13 @@ class MoETrainer(transformers.Trainer):
         row = {
             "step": self.state.global_step,
             "tokens": self.state.num_input_tokens_seen,
-            "seconds": self._seconds_before + time.perf_counter() - self._started,
+            "seconds": self.wall.read(),
             **logs,
         }
         self.state.log_history.append(row)
         self.control = self.callback_handler.on_log(
             self.args, self.state, self.control, flat_row(row)
         )
-
-    def continue_clock(self) -> None:
-        """Count seconds from the last row of the restored history on."""
-        rows = self.state.log_history
-        self._seconds_before = rows[-1].get("seconds", 0.0) if rows else 0.0
-        self._started = time.perf_counter()
 
     def _speed(self) -> dict[str, float]:
         median = self.clock.take_median()
@@ -226,10 +214,14 @@ class MoETrainer(transformers.Trainer):
             if self.args.should_save:
                 clear_staging(output)
             self.accelerator.wait_for_everyone()
-            self._stage(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._publish(output)
+            try:
+                self._stage(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._publish(output)
+            finally:
+                if self.args.should_save:
+                    clear_staging(output)
             self.accelerator.wait_for_everyone()
 
     def _stage(self, model: nn.Module, trial: Any) -> None:
@@ -248,7 +240,6 @@ class MoETrainer(transformers.Trainer):
             self.state.best_model_checkpoint = str(place) if known else None
             self.state.save_to_json(str(staged / "trainer_state.json"))
         publish(staged, output)
-        clear_staging(output)
         if self.args.save_total_limit:
             kept = self.state.best_model_checkpoint
             keep_newest(output, self.args.save_total_limit, None if kept is None else Path(kept))
@@ -262,15 +253,20 @@ class MoETrainer(transformers.Trainer):
             write_json(folder / "training_args.json", self.args.to_sanitized_dict())
             pickled.unlink()
 
+    def release(self) -> None:
+        """Take off the model what mixed precision put around its ``forward``."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(
-                f"{resume_from_checkpoint} is of another model: {str(error).splitlines()[-1].strip()}"
-                "; build the model as it was or give another folder"
+                f"{resume_from_checkpoint} is of another model ({reason}); "
+                "build the model as it was or give another folder"
             ) from error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -286,13 +282,22 @@ class MoETrainer(transformers.Trainer):
             )
 
 
-class _AfterStep(TrainerCallback):  # type: ignore[misc]
-    """What happens after the optimiser's step and before its log row."""
+class _RoutingFlow(TrainerCallback):  # type: ignore[misc]
+    """What happens between the optimiser's step and its log row."""
 
-    def __init__(self, window: RoutingWindow, watch: LossWatch, clock: StepClock) -> None:
+    def __init__(
+        self, window: RoutingWindow, watch: LossWatch, clock: StepClock, wall: WallClock
+    ) -> None:
         self.window = window
         self.watch = watch
         self.clock = clock
+        self.wall = wall
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        rows = state.log_history
+        self.wall.start(rows[-1].get("seconds", 0.0) if rows else 0.0)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -336,11 +341,6 @@ def _flat_layer(prefix: str, layer: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[f"{prefix}/{name}"] = value
     return flat
-
-
-def _predicted(labels: Tensor) -> Tensor:
-    """How many tokens are predicted: the first of a sequence never is."""
-    return (labels[..., 1:] != _IGNORED).sum()
 
 
 def _shared_names(model: nn.Module) -> set[str]:

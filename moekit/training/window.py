@@ -12,6 +12,9 @@ from torch import Tensor
 from moekit.layer import MoE, MoEOutput
 from moekit.measure.statistics import ModelStatistics
 from moekit.routing import Load, RoutingLosses, all_reduce_loads
+from moekit.training.evaluation import predicted_tokens
+
+_NATS, _TARGETS, _PASSES = "nats", "targets", "passes"  # no loss spec can be named like these
 
 
 class MoEModelOutput(Protocol):
@@ -53,17 +56,17 @@ class RoutingWindow:
         self._kinds = [layer.experts.kinds for layer in model.moe_layers]
         self._step: ModelStatistics | None = None
         self._closed: ModelStatistics | None = None
-        self._values: dict[str, Tensor] = {}
-        self._passes = 0
+        self._sums: dict[str, Tensor] = {}
 
-    def add(self, output: MoEModelOutput) -> None:
-        """Count one forward pass of a training step."""
+    def add(self, output: MoEModelOutput, labels: Tensor) -> None:
+        """Count one forward pass of a training step on ``labels`` (B, T)."""
         found = ModelStatistics.of(output.moe, self._kinds)
         self._step = found if self._step is None else self._step + found
-        values = {"cross_entropy": output.cross_entropy, **output.routing_losses}
-        for name, value in values.items():
-            self._values[name] = self._values.get(name, 0) + value.detach().double()
-        self._passes += 1
+        targets = predicted_tokens(labels)
+        nats = torch.where(targets > 0, output.cross_entropy.detach() * targets, 0.0)
+        counted = {_NATS: nats, _TARGETS: targets, _PASSES: torch.ones_like(targets)}
+        for name, value in {**counted, **output.routing_losses}.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().double()
 
     def close_step(self) -> None:
         """End an optimiser step: controllers see its loads over all micro-batches and ranks."""
@@ -88,20 +91,20 @@ class RoutingWindow:
         if self._closed is None:
             return {}
         routing = self._closed.all_reduce().summary()
-        losses = self._means()
-        cross_entropy = losses.pop("cross_entropy")
+        sums = self._reduced_sums()
+        nats, targets, passes = (sums.pop(name) for name in (_NATS, _TARGETS, _PASSES))
         coefficients = self._model.routing_losses.coefficients()
-        routing["losses"] = losses
+        routing["losses"] = {name: value / passes for name, value in sums.items()}
         routing["coefficients"] = {name: float(value) for name, value in coefficients.items()}
-        self._closed, self._values, self._passes = None, {}, 0
-        return {"cross_entropy": cross_entropy, "routing": routing}
+        self._closed, self._sums = None, {}
+        return {"cross_entropy": nats / max(targets, 1), "routing": routing}
 
-    def _means(self) -> dict[str, float]:
-        total = torch.stack(list(self._values.values()))
-        if _ranks() > 1:  # each rank's value is its share times the number of ranks
+    def _reduced_sums(self) -> dict[str, float]:
+        """The sums over all ranks; a loss on a rank is its share times the number of ranks."""
+        total = torch.stack(list(self._sums.values()))
+        if _ranks() > 1:
             dist.all_reduce(total)
-        means = (total / (self._passes * _ranks())).tolist()
-        return dict(zip(self._values, means, strict=True))
+        return dict(zip(self._sums, total.tolist(), strict=True))
 
 
 def _ranks() -> int:
