@@ -1,0 +1,361 @@
+"""``transformers.Trainer`` for models with MoE layers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from moekit.errors import CheckpointError, DivergedError
+from moekit.training.checkpoints import (
+    STAGING,
+    clear_staging,
+    keep_newest,
+    publish,
+    saving_to,
+    write_json,
+)
+from moekit.training.clock import StepClock, WallClock
+from moekit.training.decay import decayed_names
+from moekit.training.divergence import LossWatch
+from moekit.training.evaluation import evaluate
+from moekit.training.order import ShuffledPasses
+from moekit.training.window import RoutingWindow
+
+
+class MoETrainer(transformers.Trainer):
+    """A ``transformers.Trainer`` that also runs the routing of an MoE model.
+
+    On top of the base class:
+
+    - after each optimiser step, routers and loss controllers see the step's loads, summed over
+      micro-batches and ranks, once;
+    - each log row has the cross-entropy, every routing loss, ``routing/...`` figures and the load
+      of each expert; ``state.log_history`` keeps them nested under ``routing``;
+    - a checkpoint appears under its name only when all of its files are on the disk, a log row is
+      closed with it, and it holds nothing but safetensors, JSON and tensors that load without
+      running code;
+    - a loss or weight that is not finite ends the run with one sentence before it can be saved;
+    - ``eval_loss`` is the mean cross-entropy over all predicted tokens, in nats, without routing
+      losses;
+    - with ``max_steps``, the order of the data does not depend on processes or micro-batches.
+
+    The model is a ``PreTrainedModel`` with the members of
+    :class:`~moekit.training.window.MoEModel`, whose output is a
+    :class:`~moekit.training.window.MoEModelOutput`. Arguments are those of the base class.
+
+    Example:
+        >>> trainer = MoETrainer(model, args, train_dataset=blocks)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        use_cache = model.config.use_cache  # the base class sets it, and checkpoints keep it
+        super().__init__(model, *args, **kwargs)
+        assert self.model is not None
+        self.model.config.use_cache = use_cache
+        self.window = RoutingWindow(cast("Any", self.model))
+        self.watch = LossWatch(self.args.device, _advice(self.args))
+        self.clock = StepClock(self.args.device)
+        self.wall = WallClock()
+        self._saving = False
+        self.add_callback(_RoutingFlow(self.window, self.watch, self.clock, self.wall))
+
+    # --- data ------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.max_steps <= 0 or not hasattr(data, "__len__"):
+            return cast("Sampler[int] | None", super()._get_train_sampler(train_dataset))
+        total = self.args.max_steps * self.get_total_train_batch_size(self.args)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ShuffledPasses(len(data), total, seed)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As the base class; a step begins with it."""
+        self.clock.start()
+        return cast(
+            "tuple[list[Any], Tensor | int | None]",
+            super().get_batch_samples(epoch_iterator, num_batches, device),
+        )
+
+    # --- loss ------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One micro-batch forward and backward; its part of the step's loss."""
+        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.watch.add(loss)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's loss; in training, its routing is counted."""
+        loss, outputs = super().compute_loss(
+            model, {**inputs, "use_cache": False}, True, num_items_in_batch
+        )
+        if model.training:
+            self.window.add(outputs, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None: the base class's 6 N a token counts the experts that a token does not use."""
+        return 0
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """See :func:`moekit.training.decays`."""
+        return decayed_names(model)
+
+    # --- evaluation and logs ---------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean cross-entropy of the evaluation data; the base class's with ``compute_metrics``.
+
+        Raises:
+            DivergedError: it is not finite.
+        """
+        self.watch.check()
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.compute_metrics is not None or isinstance(data, dict | str):
+            return cast(
+                "dict[str, float]", super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            )
+        began = time.perf_counter()
+        assert self.model is not None
+        with self.accelerator.autocast():
+            loss = evaluate(
+                self.model, data, self.args.per_device_eval_batch_size, collate=self.data_collator
+            )
+        self._require_finite(loss)
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_runtime": time.perf_counter() - began,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add a row to ``state.log_history`` and hand its flat form to the callbacks.
+
+        Raises:
+            DivergedError: a loss since the last row was not finite.
+        """
+        if "loss" in logs:
+            self.watch.check()
+            logs = {**logs, **self.window.take(), **self._speed()}
+        row = {
+            "step": self.state.global_step,
+            "tokens": self.state.num_input_tokens_seen,
+            "seconds": self.wall.read(),
+            **logs,
+        }
+        self.state.log_history.append(row)
+        self.control = self.callback_handler.on_log(
+            self.args, self.state, self.control, flat_row(row)
+        )
+
+    def _speed(self) -> dict[str, float]:
+        median = self.clock.take_median()
+        if not median:
+            return {}
+        step = max(self.state.global_step, 1)
+        return {"tokens_per_second": self.state.num_input_tokens_seen / step / median}
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the evaluation loss after step {self.state.global_step} is {loss}; "
+                + _advice(self.args)
+            )
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = cast("str", super()._get_output_dir(trial))
+        return str(Path(folder, STAGING)) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save under a hidden name, then rename, then delete older checkpoints."""
+        output = Path(self._get_output_dir(trial))
+        self.watch.check()
+        self.watch.check_weights(model, self.state.global_step)
+        with saving_to(output):
+            if self.args.should_save:
+                clear_staging(output)
+            self.accelerator.wait_for_everyone()
+            try:
+                self._stage(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._publish(output)
+            finally:
+                if self.args.should_save:
+                    clear_staging(output)
+            self.accelerator.wait_for_everyone()
+
+    def _stage(self, model: nn.Module, trial: Any) -> None:
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+
+    def _publish(self, output: Path) -> None:
+        staged = output / STAGING / f"checkpoint-{self.state.global_step}"
+        best = self.state.best_global_step
+        if best:  # the base class looked for it in the staging folder
+            place = output / f"checkpoint-{best}"
+            known = place.is_dir() or best == self.state.global_step
+            self.state.best_model_checkpoint = str(place) if known else None
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        publish(staged, output)
+        if self.args.save_total_limit:
+            kept = self.state.best_model_checkpoint
+            keep_newest(output, self.args.save_total_limit, None if kept is None else Path(kept))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As the base class, with the arguments as JSON in the place of a pickle."""
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or cast("str", self.args.output_dir))
+        pickled = folder / "training_args.bin"
+        if self.args.should_save and pickled.exists():
+            write_json(folder / "training_args.json", self.args.to_sanitized_dict())
+            pickled.unlink()
+
+    def release(self) -> None:
+        """Take off the model what mixed precision put around its ``forward``."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise CheckpointError(
+                f"{resume_from_checkpoint} is of another model ({reason}); "
+                "build the model as it was or give another folder"
+            ) from error
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A weight that is missing or too much means another model, unless it is tied."""
+        assert self.model is not None
+        shared = _shared_names(self.model)
+        missing = [name for name in load_result.missing_keys if name not in shared]
+        wrong = missing or load_result.unexpected_keys
+        if wrong:
+            raise CheckpointError(
+                f"the checkpoint {'lacks' if missing else 'has besides'} the weight {wrong[0]}; "
+                "it is of another model: build the model as it was or give another folder"
+            )
+
+
+class _RoutingFlow(TrainerCallback):  # type: ignore[misc]
+    """What happens between the optimiser's step and its log row."""
+
+    def __init__(
+        self, window: RoutingWindow, watch: LossWatch, clock: StepClock, wall: WallClock
+    ) -> None:
+        self.window = window
+        self.watch = watch
+        self.clock = clock
+        self.wall = wall
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        rows = state.log_history
+        self.wall.start(rows[-1].get("seconds", 0.0) if rows else 0.0)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.watch.close_step(state.global_step + 1)
+        self.window.close_step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        self.clock.stop()
+        if control.should_save:
+            control.should_log = True
+        return control
+
+
+def flat_row(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a log row under flat names, as TensorBoard and W&B want them.
+
+    ``routing/load_violation``, ``routing/SwitchBalance``, ``routing/L1Balance/coefficient``,
+    ``layers/0/entropy``, ``layers/0/load/3`` and so on; what is None is left out.
+    """
+    flat = {name: value for name, value in row.items() if name != "routing"}
+    routing = dict(row.get("routing", {}))
+    layers = routing.pop("layers", [])
+    for name, value in routing.pop("losses", {}).items():
+        flat[f"routing/{name}"] = value
+    for name, value in routing.pop("coefficients", {}).items():
+        flat[f"routing/{name}/coefficient"] = value
+    flat.update({f"routing/{name}": value for name, value in routing.items()})
+    for index, layer in enumerate(layers):
+        flat.update(_flat_layer(f"layers/{index}", layer))
+    return {name: value for name, value in flat.items() if value is not None}
+
+
+def _flat_layer(prefix: str, layer: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in layer.items():
+        if isinstance(value, list):
+            flat.update({f"{prefix}/{name}/{i}": entry for i, entry in enumerate(value)})
+        else:
+            flat[f"{prefix}/{name}"] = value
+    return flat
+
+
+def _shared_names(model: nn.Module) -> set[str]:
+    """Names of tensors that are also in the model under another name."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name for group in names.values() if len(group) > 1 for name in group}
+
+
+def _advice(args: TrainingArguments) -> str:
+    """What to try when a run with ``args`` diverges."""
+    less = [f"a lower learning_rate than {args.learning_rate:g}", "a longer warmup"]
+    if not args.max_grad_norm or args.max_grad_norm > 1:
+        less.append("clipping gradients to a norm of 1")
+    if args.bf16 or args.fp16:
+        less.append("float32 precision")
+    return f"try {', '.join(less[:-1])} or {less[-1]}"
