@@ -66,7 +66,8 @@ class L1BalanceLoss(KeepsFloat32, Loss):
         super().__init__(spec, site)
         self.register_buffer("lam", torch.tensor(spec.initial, dtype=torch.float32))
 
-    def reset_parameters(self) -> None:
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
         """Put λ back to its initial value."""
         self.lam.fill_(self.spec.initial)
 

@@ -117,6 +117,9 @@ class Loss(nn.Module):
     def update(self, loads: Sequence[Load]) -> None:
         """Change state once an optimiser step, given each layer's load of that step."""
 
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Put the state back to its initial value."""
+
 
 # --- balance ------------------------------------------------------------------------------------
 

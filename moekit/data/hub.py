@@ -1,0 +1,100 @@
+"""Text data sets by their hub name, streamed; the only source that uses the network."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from moekit.data.columns import SPLIT_NAMES, Columns, documents_from_rows
+from moekit.data.document import Document
+from moekit.data.fingerprint import digest_of
+from moekit.errors import DataError
+
+PREFIX = "hub:"
+_NAME = re.compile(r"hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^\s:]+))?")
+
+
+class Hub:
+    """A data set ``hub:owner/name`` or ``hub:owner/name:configuration``.
+
+    Splits called train, validation or test (or valid, dev, ...) are kept as such and others left
+    out; when none is called so, all are read and the split is drawn.
+    """
+
+    def __init__(self, source: str, columns: Columns) -> None:
+        match = _NAME.fullmatch(source)
+        if match is None:
+            raise DataError(
+                f"{source!r} is no hub name; wanted hub:owner/name or hub:owner/name:configuration"
+            )
+        self.description = source
+        self._name: str = match["name"]
+        self._config: str | None = match["config"]
+        self._columns = columns
+
+    def size(self) -> None:
+        """Unknown before it is read."""
+
+    def fingerprint(self) -> str:
+        """The name: what was once fetched and packed is used again without the network."""
+        return digest_of([self._name, self._config])
+
+    def documents(self, skipped: Counter[str]) -> Iterator[Document]:
+        """Stream the documents of every split.
+
+        Raises:
+            DataError: if the hub cannot be reached, or the data set is missing, private, or has no
+                text column.
+        """
+        try:
+            splits = self._splits()
+            known = {name: rows for name, rows in splits.items() if name in SPLIT_NAMES}
+            if known and len(known) < len(splits):
+                skipped["other split"] += len(splits) - len(known)
+            for name, rows in (known or splits).items():
+                yield from self._split(name, rows)
+        except DataError:
+            raise
+        except Exception as error:
+            # datasets, huggingface_hub, fsspec and their HTTP clients each raise their own kinds,
+            # with no common base, and all of them mean that this name could not be read.
+            raise self._refusal(error) from error
+
+    def _splits(self) -> Mapping[str, Iterable[Mapping[str, Any]]]:
+        import datasets  # type: ignore[import-untyped]
+
+        found: Mapping[str, Iterable[Mapping[str, Any]]] = datasets.load_dataset(
+            self._name, self._config, streaming=True
+        )
+        return found
+
+    def _split(self, split: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
+        where = f"{self.description} ({split})"
+        stream = iter(rows)
+        first = next(stream, None)
+        if first is None:
+            return
+
+        def named() -> Iterator[tuple[str, Mapping[str, Any]]]:
+            yield f"{where}:0", first
+            for number, row in enumerate(stream, start=1):
+                yield f"{where}:{number}", row
+
+        for document in documents_from_rows(named(), list(first), self._columns, where):
+            yield replace(document, split=document.split or SPLIT_NAMES.get(split))
+
+    def _refusal(self, error: Exception) -> DataError:
+        import datasets
+
+        lines = str(error).strip().splitlines()
+        reason = lines[0].rstrip(".") if lines else type(error).__name__
+        if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+            advice = "check the name, and log in to the hub if it is private or gated"
+        elif isinstance(error, ValueError):
+            advice = "check the name and its configuration"
+        else:
+            advice = "check the network, or give a local file or folder"
+        return DataError(f"{self.description} cannot be read from the hub ({reason}); {advice}")

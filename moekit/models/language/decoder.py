@@ -1,0 +1,294 @@
+"""The decoder: blocks of attention and a dense or mixture-of-experts feed-forward part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from moekit.errors import SpecError
+from moekit.experts import Experts, FeedForwardSpec
+from moekit.layer import MoE, MoEOutput
+from moekit.models.language.attention import (
+    MoEDecoderAttention,
+    MoEDecoderRotaryEmbedding,
+    Rotation,
+)
+from moekit.models.language.config import LayerSpec, MoEDecoderConfig
+from moekit.models.language.output import MoEDecoderOutput
+from moekit.routing import Carry, Loss, Router, Signals
+from moekit.routing.float32 import KeepsFloat32
+
+logger = logging.get_logger(__name__)
+
+AttentionMask = Tensor | dict[str, Tensor | None] | None
+
+
+class DenseFeedForward(nn.Module):
+    """A bank of one feed-forward expert that every token passes: an ordinary dense layer."""
+
+    def __init__(self, spec: FeedForwardSpec, width: int) -> None:
+        super().__init__()
+        self.experts = spec.build(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output, of the shape of ``x`` (..., D)."""
+        bank = self.experts
+        inner = F.linear(x, bank.get_parameter(bank.up_name)[0], _only(bank.up_bias))
+        return F.linear(bank.activate(inner), bank.down_proj[0], _only(bank.down_bias))
+
+
+class MoEDecoderLayer(GradientCheckpointingLayer):
+    """One block: ``x += attention(norm(x))``, then ``x += feed_forward(norm(x))``."""
+
+    def __init__(
+        self, config: MoEDecoderConfig, index: int, spec: LayerSpec, previous_experts: int | None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.self_attn = MoEDecoderAttention(config, index)
+        self.mlp = _feed_forward(spec, config, previous_experts)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, x_BTD: Tensor, carry: Carry, signals: Signals, rotation: Rotation, **kwargs: Any
+    ) -> tuple[Tensor, Carry, MoEOutput | None]:
+        """The block's output, what the next block is handed, and the MoE layer's record.
+
+        A dense block hands ``carry`` on as it is and has no record.
+        """
+        attended, _ = self.self_attn(self.input_layernorm(x_BTD), rotation, **kwargs)
+        x_BTD = x_BTD + attended
+        normed = self.post_attention_layernorm(x_BTD)
+        if not isinstance(self.mlp, MoE):
+            return x_BTD + self.mlp(normed), carry, None
+        output: MoEOutput = self.mlp(normed, signals, carry)
+        return x_BTD + output.y, output.carry, _record(output)
+
+
+class MoEDecoderPreTrainedModel(PreTrainedModel):
+    """How decoders are initialised, loaded and checkpointed."""
+
+    config: MoEDecoderConfig
+    config_class = MoEDecoderConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoEDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False  # the number of rows an expert gets is read back to the host
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": MoEDecoderLayer,
+        "attentions": MoEDecoderAttention,
+    }
+
+    def post_init(self) -> None:
+        """Finish construction: keep controller state in float32, initialise, tie."""
+        self._keep_in_fp32_modules_strict = _float32_buffers(self)
+        super().post_init()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise ``module``, but nothing in it that a checkpoint has filled already."""
+        if not isinstance(module, Router | Experts | Loss):
+            super()._init_weights(module)  # type: ignore[no-untyped-call]
+            return
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        loaded = [t for t in tensors if getattr(t, "_is_hf_initialized", False)]
+        if len(loaded) == len(tensors):
+            return
+        values = [t.clone() for t in loaded]
+        module.reset_parameters(self.config.initializer_range)
+        for tensor, value in zip(loaded, values, strict=True):
+            tensor.copy_(value)
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        keywords = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and keywords.get("use_reentrant"):
+            raise SpecError(
+                "gradient checkpointing with use_reentrant=True loses the gradients of routing "
+                "losses and of gating residuals; leave use_reentrant out or set it to False"
+            )
+        function = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, function, every_n_layers)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: MoEDecoderConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor | None]:
+        """Masks that ``generate`` prepares for static caches, with the padding that routers need.
+
+        A prepared causal mask no longer tells which of its queries are padding.
+        """
+        mask = create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs)
+        valid_BT = _valid(attention_mask, inputs_embeds.shape[1])
+        return {"full_attention": mask, "valid": valid_BT}
+
+
+class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-call]
+    """The decoder without its output projection."""
+
+    def __init__(self, config: MoEDecoderConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(_layers(config))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MoEDecoderRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        _warn_if_not_causal(config)
+        self.post_init()
+
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: AttentionMask = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoEDecoderOutput:
+        """Hidden states of the last block, normalised.
+
+        Args:
+            input_ids: token ids (B, T).
+            attention_mask: (B, past + T), 0 for padding. Padding takes part in nothing: not in
+                attention, not in routing, capacity, losses or statistics. Without a mask every
+                row is a token; all-ones masks cost a little, so leave them out.
+            position_ids: (B, T); None counts on from the cache. Positions that start again at 0
+                within a row mark packed sequences, which do not attend to each other.
+            past_key_values: the KV cache of earlier tokens.
+            inputs_embeds: (B, T, D) in place of ``input_ids``; routers by token id refuse it.
+            use_cache: whether to return a KV cache; None for the config's choice.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = _positions(x_BTD, past_key_values)
+        shared = {
+            "attention_mask": self._causal_mask(
+                x_BTD, attention_mask, past_key_values, position_ids
+            ),
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+            "rotation": self.rotary_emb(x_BTD, position_ids),
+            "signals": _signals(x_BTD, input_ids, attention_mask),
+            **kwargs,
+        }
+        carry, records = Carry(), []
+        for layer in self.layers:
+            x_BTD, carry, record = layer(x_BTD, carry, **shared)
+            records += [] if record is None else [record]
+        return MoEDecoderOutput(
+            last_hidden_state=self.norm(x_BTD),
+            past_key_values=past_key_values if use_cache else None,
+            moe=tuple(records),
+        )
+
+    def _causal_mask(
+        self, x_BTD: Tensor, attention_mask: AttentionMask, cache: Cache | None, positions: Tensor
+    ) -> Any:
+        """What the attention implementation takes as its mask; made once for all blocks."""
+        if isinstance(attention_mask, dict):  # prepared by ``create_masks_for_generate``
+            return attention_mask["full_attention"]
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=x_BTD,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=positions,
+        )
+
+
+def _layers(config: MoEDecoderConfig) -> Iterable[MoEDecoderLayer]:
+    previous: int | None = None
+    for index, spec in enumerate(config.layer_specs):
+        yield MoEDecoderLayer(config, index, spec, previous)
+        if not isinstance(spec, FeedForwardSpec):
+            previous = len(spec.experts.expert_kinds())
+
+
+def _feed_forward(
+    spec: LayerSpec, config: MoEDecoderConfig, previous_experts: int | None
+) -> MoE | DenseFeedForward:
+    if isinstance(spec, FeedForwardSpec):
+        return DenseFeedForward(spec, config.hidden_size)
+    return spec.build(config.hidden_size, previous_experts, config.vocab_size)
+
+
+def _record(output: MoEOutput) -> MoEOutput:
+    """The output without the tensors of the hidden states' size, which would pile up."""
+    return replace(output, y=output.y.new_empty(0, output.y.shape[-1]), carry=Carry())
+
+
+def _only(bias_EO: Tensor | None) -> Tensor | None:
+    return None if bias_EO is None else bias_EO[0]
+
+
+def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
+    seen = 0 if cache is None else cache.get_seq_length()
+    return (torch.arange(x_BTD.shape[1], device=x_BTD.device) + seen)[None]
+
+
+def _signals(x_BTD: Tensor, input_ids: Tensor | None, attention_mask: AttentionMask) -> Signals:
+    batch, length = x_BTD.shape[:2]
+    valid_BT = _valid(attention_mask, length)
+    scope_B1 = torch.arange(batch, device=x_BTD.device)[:, None]
+    return Signals(
+        valid_N=None if valid_BT is None else valid_BT.flatten(),
+        token_id_N=None if input_ids is None else input_ids.flatten(),
+        scope_N=scope_B1.expand(batch, length).flatten(),
+    )
+
+
+def _valid(attention_mask: AttentionMask, length: int) -> Tensor | None:
+    """Which of the last ``length`` positions (B, T) are tokens, where the mask tells."""
+    if isinstance(attention_mask, dict):
+        return attention_mask.get("valid")
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, attention_mask.shape[1] - length :].bool()
+
+
+def _float32_buffers(model: nn.Module) -> set[str]:
+    """Names of the controller state that must not be cast when a checkpoint is loaded."""
+    modules = (module for module in model.modules() if isinstance(module, KeepsFloat32))
+    return {name for module in modules for name in module.float32_buffers}
+
+
+def _warn_if_not_causal(config: MoEDecoderConfig) -> None:
+    if not config.is_causal_routing:
+        logger.warning(
+            "A router of this model looks at later tokens: its loss on text is flattered, and "
+            "generation, which sees no later tokens, routes differently from training."
+        )

@@ -1,0 +1,511 @@
+"""Readers: what each kind of source yields, and what is said of a bad one."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moekit.data import Document, document, read_documents
+from moekit.data import files as files_module
+from moekit.data.columns import Columns
+from moekit.data.document import chunks, cut_if_few, normalise, thin
+from moekit.data.sources import open_source
+from moekit.errors import DataError
+
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+def texts(source: Path | str, **columns: Any) -> list[str]:
+    return [found.text for found in read_documents(str(source), **columns)]
+
+
+def refusal(source: Path | str, **columns: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        list(read_documents(str(source), **columns))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not message.endswith(".")
+    return message
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+# --- the standard library
+
+
+def test_standard_library_has_sources_and_documentation() -> None:
+    found = list(read_documents("stdlib"))
+    counts = Counter(one.group for one in found)
+    assert set(counts) == {"source", "documentation"}
+    assert min(counts.values()) > 50
+    assert sum(len(one.text) for one in found) > 5_000_000
+    names = [one.name for one in found]
+    assert "json/decoder.py" in names
+    assert "topic assert" in names
+    left_out = {"test", "tests", "idlelib", "site-packages"}
+    assert not [name for name in names if left_out.intersection(name.split("/"))]
+    # the topics are also a module; reading that too would put one text in two splits
+    assert "pydoc_data/topics.py" not in names
+
+
+def test_standard_library_modules_are_read_as_they_are() -> None:
+    found = {one.name: one.text for one in read_documents("stdlib")}
+    assert found["json/decoder.py"] == Path(json.decoder.__file__).read_text("utf-8")
+
+
+def test_standard_library_order_is_fixed() -> None:
+    assert list(read_documents("stdlib")) == list(read_documents("stdlib"))
+
+
+def test_standard_library_limit_keeps_both_groups() -> None:
+    found = list(read_documents("stdlib", limit_bytes=1_000_000))
+    assert {one.group for one in found} == {"source", "documentation"}
+    size = sum(len(one.text.encode()) for one in found)
+    assert 900_000 < size <= 1_000_000
+
+
+def test_missing_standard_library_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    assert "no standard library sources" in refusal("stdlib")
+
+
+# --- plain text
+
+
+def test_plain_text_loses_byte_order_mark_and_carriage_returns(tmp_path: Path) -> None:
+    path = tmp_path / "notes.text"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    assert texts(path) == ["one\ntwo\nthree\n"]
+
+
+def test_a_large_file_is_cut_without_losing_a_character(text_data: Path) -> None:
+    path = text_data / "tinyshakespeare.txt"
+    found = texts(path)
+    assert "".join(found) == path.read_text("utf-8")
+    assert len(found) > 60
+    assert all(len(text) <= document.CHUNK_CHARACTERS for text in found)
+    # nearly all chunks end where a speech does
+    assert sum(text.endswith("\n\n") for text in found[:-1]) > 0.95 * (len(found) - 1)
+
+
+def test_a_file_too_large_to_hold_is_read_as_the_same_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(f"línea {n}\r\n" for n in range(40_000)).encode())
+    whole = texts(path)
+    monkeypatch.setattr(files_module, "WHOLE_FILE_BYTES", 1000)
+    monkeypatch.setattr(files_module, "_STEP", 977)
+    assert texts(path) == whole
+    assert "".join(whole) == "".join(f"línea {n}\n" for n in range(40_000))
+
+
+@settings(deadline=None)
+@given(UNICODE, st.integers(1, 12), st.integers(1, 7))
+def test_chunks_join_to_the_text_however_it_comes(text: str, size: int, step: int) -> None:
+    pieces = [text[start : start + step] for start in range(0, len(text), step)]
+    found = list(chunks(pieces, size))
+    assert "".join(found) == text
+    assert found == list(chunks([text], size))
+    assert all(0 < len(chunk) <= size for chunk in found)
+
+
+def test_chunks_end_at_blank_line_then_line_then_space() -> None:
+    assert list(chunks(["aaaaa\n\nbb\nbb b"], 10)) == ["aaaaa\n\n", "bb\nbb b"]
+    assert list(chunks(["aaaa aa\nbb bb"], 10)) == ["aaaa aa\n", "bb bb"]
+    assert list(chunks(["aaaaaa bbbbbb"], 10)) == ["aaaaaa ", "bbbbbb"]
+    assert list(chunks(["aaaaaaaaaaaaa"], 10)) == ["aaaaaaaaaa", "aaa"]
+
+
+@pytest.mark.parametrize("count", [1, 19, 20, 21])
+def test_only_a_source_of_few_documents_is_cut(count: int) -> None:
+    given_ = [Document("line\n" * 10_000, f"{n}") for n in range(count)]
+    found = list(cut_if_few(given_))
+    assert (len(found) > count) == (count < 20)
+    assert "".join(one.text for one in found) == "".join(one.text for one in given_)
+
+
+def test_documents_with_a_split_of_their_own_stay_whole() -> None:
+    given_ = [Document("line\n" * 10_000, "a", split="test"), Document("x\n" * 10_000, "b")]
+    found = list(cut_if_few(given_))
+    assert found[0] == given_[0]
+    assert len(found) > 2
+
+
+@settings(deadline=None)
+@given(st.text(st.characters()))  # lone surrogates too
+def test_normalised_text_can_be_encoded_and_stays_so(text: str) -> None:
+    once = normalise(text)
+    once.encode()
+    assert "\r" not in once
+    assert normalise(once) == once.removeprefix("\ufeff")
+
+
+def test_surrogate_pairs_are_joined_and_lone_ones_replaced() -> None:
+    assert normalise("\ud83d\ude42 \ud83d") == "🙂 \ufffd"
+
+
+# --- limits
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.text("aé世", min_size=1, max_size=30), max_size=40),
+    st.integers(1, 500),
+    st.booleans(),
+)
+def test_a_limit_is_kept_and_nearly_reached(parts: list[str], limit: int, known: bool) -> None:
+    given_ = [Document(text, str(number)) for number, text in enumerate(parts)]
+    total = sum(len(text.encode()) for text in parts)
+    found = list(thin(given_, limit, total if known else None))
+    kept = sum(len(one.text.encode()) for one in found)
+    assert kept <= limit
+    longest = max((len(text.encode()) for text in parts), default=0)
+    # a document is passed over only when the share is ahead, so at most one document is missing
+    assert kept >= min(limit, total) - longest - 3
+    names = [int(one.name) for one in found]
+    assert names == sorted(set(names))
+
+
+def test_a_limit_spares_every_domain_of_a_sorted_file(text_data: Path) -> None:
+    path = text_data / "domains.parquet"
+    rows = pq.read_table(path, columns=["domain", "text"]).to_pylist()
+    sizes = Counter[str]()
+    for row in rows:
+        sizes[row["domain"]] += len(row["text"].encode())
+    found = Counter[str]()
+    for one in read_documents(str(path), limit_bytes=sum(sizes.values()) // 4):
+        found[one.group or ""] += len(one.text.encode())
+    large = [name for name, size in sizes.items() if size > 300_000]
+    assert len(large) > 10
+    for name in large:
+        assert found[name] / sizes[name] == pytest.approx(0.25, abs=0.1)
+
+
+def test_a_limit_looks_at_the_text_column_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    rows = [{"image": bytes([n]) * 5000, "text": f"{n} words " * 20} for n in range(200)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    size = sum(len(text) for text in texts(path, limit_bytes=10_000))
+    assert 9_000 < size <= 10_000
+
+
+# --- tables
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.json", "rows.jsonl.gz"])
+def test_json_lines(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    data = '{"text": "one\\r\\n"}\n\n{"text": "zwei ü"}\r\n{"text": null}\n{"text": " "}\n'
+    encoded = b"\xef\xbb\xbf" + data.encode()
+    path.write_bytes(gzip.compress(encoded) if name.endswith("gz") else encoded)
+    found = list(read_documents(str(path)))
+    assert [one.text for one in found] == ["one\n", "zwei ü"]
+    assert found[1].name == f"{path}:3#0"
+
+
+def test_columns_are_guessed(tmp_path: Path) -> None:
+    rows = [
+        {"id": n, "body": "no", "content": f"text {n}", "domain": f"d{n}", "split": split}
+        for n, split in enumerate(["train", "valid", "dev", "Test", "val", "validation"])
+    ]
+    found = list(read_documents(str(write_lines(tmp_path / "rows.jsonl", rows))))
+    assert [one.text for one in found] == [f"text {n}" for n in range(6)]
+    assert [one.group for one in found] == [f"d{n}" for n in range(6)]
+    held_out = ["validation", "validation", "test", "validation", "validation"]
+    assert [one.split for one in found] == ["train", *held_out]
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    rows = [{"text": "no", "lyrics": f"la {n}", "year": 1990 + n, "fold": "test"} for n in range(3)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    found = list(
+        read_documents(str(path), text_column="lyrics", group_column="year", split_column="fold")
+    )
+    assert [(one.text, one.group, one.split) for one in found] == [
+        (f"la {n}", str(1990 + n), "test") for n in range(3)
+    ]
+
+
+def test_a_split_column_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    rows = [{"text": "a", "split": "fold-1"}, {"text": "b", "split": "train"}]
+    found = list(read_documents(str(write_lines(tmp_path / "rows.jsonl", rows))))
+    assert [one.split for one in found] == [None, None]
+
+
+def test_parquet_matches_what_pyarrow_reads(text_data: Path) -> None:
+    path = text_data / "domains.parquet"
+    rows = pq.read_table(path).to_pylist()
+    found = list(read_documents(str(path)))
+    assert [(one.text, one.group, one.split) for one in found] == [
+        (normalise(row["text"]), row["domain"], row["split"]) for row in rows
+    ]
+
+
+def test_parquet_of_dictionary_strings_and_nulls(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    column = pa.array(["a", None, "b", "  ", "a"]).dictionary_encode()
+    pq.write_table(pa.table({"text": column, "other": [1, 2, 3, 4, 5]}), path, row_group_size=2)
+    assert texts(path) == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("row", "columns", "said"),
+    [
+        ({"prose": "x", "id": 1}, {}, "prose, id"),
+        ({"text": "x", "id": 1}, {"text_column": "txt"}, "did you mean text?"),
+        ({"text": "x", "id": 1}, {"group_column": "genre"}, "has no column 'genre'; it has text"),
+        ({"text": "x", "id": 1}, {"split_column": "part"}, "has no column 'part'; it has text"),
+        ({"text": 3, "id": 1}, {}, "column 'text' holds int"),
+        ({"text": "x", "fold": "extra"}, {"split_column": "fold"}, "holds 'extra'; wanted train"),
+    ],
+)
+def test_bad_columns_are_named(
+    tmp_path: Path, kind: str, row: dict[str, Any], columns: dict[str, str], said: str
+) -> None:
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        write_lines(path, [row])
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    message = refusal(path, **columns)
+    assert str(path) in message
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "cut', "rows.jsonl:2 is not JSON"),
+        ("[" * 100_000, "rows.jsonl:2 is not JSON"),
+        ('["text"]', "rows.jsonl:2 is a JSON list; wanted one JSON object a line"),
+        ('{"other": "x"}', "rows.jsonl:2 has no 'text'; it has other"),
+        ('{"text": ["x"]}', "rows.jsonl:2: column 'text' holds list"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    assert said in refusal(path)
+
+
+# --- folders and patterns
+
+
+def tree(root: Path) -> Path:
+    (root / "b" / "deep").mkdir(parents=True)
+    (root / ".git").mkdir()
+    (root / "z.txt").write_text("zed")
+    (root / "b" / "two.md").write_text("two")
+    (root / "b" / "deep" / "one.py").write_text("one = 1")
+    (root / ".git" / "config").write_text("hidden")
+    (root / ".hidden.txt").write_text("hidden")
+    (root / "b" / "image.bin").write_bytes(b"\x89PNG\0\0")
+    (root / "b" / "latin.txt").write_bytes("é".encode("latin1"))
+    (root / "b" / "empty.txt").write_text(" \n")
+    (root / "b" / "table.csv").write_text("a,b\n1,2\n")
+    write_lines(root / "rows.jsonl", [{"text": "row", "domain": "own"}])
+    write_lines(root / "b" / "lines.json", [{"text": "line"}])
+    (root / "b" / "package.json").write_text('{\n "name": "x"\n}')
+    return root
+
+
+def test_a_folder_is_read_in_order_and_what_is_no_text_is_counted(tmp_path: Path) -> None:
+    source = open_source(str(tree(tmp_path)), Columns())
+    skipped = Counter[str]()
+    found = list(source.documents(skipped))
+    assert [(one.text, one.group) for one in found] == [
+        ("row", "own"),
+        ("zed", None),
+        ("line", "b"),
+        ('{\n "name": "x"\n}', "b"),
+        ("two", "b"),
+        ("one = 1", "b"),
+    ]
+    assert skipped == {"binary": 1, "not UTF-8": 1, "empty": 1, "table": 1}
+
+
+def test_a_pattern_takes_what_it_matches(tmp_path: Path) -> None:
+    tree(tmp_path)
+    assert texts(f"{tmp_path}/**/*.py") == ["one = 1"]
+    assert texts(f"{tmp_path}/*.[tj]*") == ["row", "zed"]
+    assert "no files" in refusal(f"{tmp_path}/*.rst")
+
+
+def test_a_name_that_looks_like_a_pattern_is_a_file_first(tmp_path: Path) -> None:
+    path = tmp_path / "notes[1].txt"
+    path.write_text("bracketed")
+    assert texts(path) == ["bracketed"]
+
+
+def test_a_damaged_table_in_a_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "fine.txt").write_text("fine")
+    (tmp_path / "part.parquet").write_bytes(b"PAR1 cut")
+    assert "part.parquet cannot be read as parquet" in refusal(tmp_path)
+
+
+def test_a_folder_with_no_text_is_an_error(tmp_path: Path) -> None:
+    assert "has no files" in refusal(tmp_path)
+    (tmp_path / "a.bin").write_bytes(b"\0")
+    (tmp_path / "b.txt").write_text("")
+    assert "holds no text in 2 files (1 binary, 1 empty)" in refusal(tmp_path)
+
+
+# --- bad files
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b"\xef\xbb\xbf \r\n", "is empty"),
+        ("a.txt", b"text\0text", "is a binary file (it has NUL bytes)"),
+        ("a.txt", "caf\u00e9".encode("latin1"), "is not UTF-8 text; convert it first"),
+        ("a.txt", b"cut \xe4\xb8", "is not UTF-8 text; convert it first"),
+        ("a.txt", "text".encode("utf-16"), "iconv -f UTF-16"),
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b'{"text": null}\n', "is empty"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', "is not UTF-8 text"),
+        ("a.jsonl.gz", b"not gzip", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}' * 9)[:-9], "cannot be read"),
+        ("a.parquet", b"", "cannot be read as parquet"),
+        ("a.parquet", b"PAR1" + bytes(50) + b"PAR1", "cannot be read as parquet"),
+        ("a.csv", b"a,b\n1,2\n", "save it as parquet or JSON lines"),
+    ],
+)
+@pytest.mark.parametrize("limit", [None, 100])
+def test_a_bad_file_is_one_clear_sentence(
+    tmp_path: Path, name: str, data: bytes, said: str, limit: int | None
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    message = refusal(path, limit_bytes=limit)
+    assert said in message
+    assert str(path) in message
+
+
+def test_an_empty_parquet_is_an_error(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    assert "a.parquet is empty" in refusal(tmp_path / "a.parquet")
+
+
+def test_a_missing_source_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist; give a file, a folder"):
+        read_documents(str(tmp_path / "nothing"))
+    with pytest.raises(DataError, match="hub:owner/corpus for the data set"):
+        read_documents("owner/corpus")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        read_documents("/dev/null")
+    with pytest.raises(DataError, match="does not exist"):
+        read_documents("Once upon a time " * 1000)
+    with pytest.raises(DataError, match="does not exist"):
+        read_documents("~nobody-by-this-name/text")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such permissions")
+def test_a_file_that_may_not_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "locked.txt"
+    path.write_text("secret")
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)  # the superuser may read every file
+    assert "locked.txt cannot be read: Permission denied" in refusal(path)
+
+
+# --- the hub
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[tuple[Any, ...]]:
+    calls: list[tuple[Any, ...]] = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        calls.append((*arguments, options))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return calls
+
+
+def hub_rows(*rows: dict[str, Any]) -> datasets.IterableDataset:
+    return datasets.Dataset.from_list(list(rows)).to_iterable_dataset()
+
+
+def test_hub_splits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = datasets.IterableDatasetDict(
+        train=hub_rows({"text": "a"}, {"text": "b"}),
+        dev=hub_rows({"text": "c"}),
+        unsupervised=hub_rows({"text": "d"}),
+    )
+    calls = stand_in(monkeypatch, answer)
+    found = list(read_documents("hub:owner/name:config-1"))
+    assert calls == [("owner/name", "config-1", {"streaming": True})]
+    assert [(one.text, one.split) for one in found] == [
+        ("a", "train"),
+        ("b", "train"),
+        ("c", "validation"),
+    ]
+
+
+def test_hub_splits_of_other_names_are_all_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = datasets.IterableDatasetDict(a=hub_rows({"text": "a"}), b=hub_rows({"text": "b"}))
+    stand_in(monkeypatch, answer)
+    found = list(read_documents("hub:owner/name"))
+    assert [(one.text, one.split) for one in found] == [("a", None), ("b", None)]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("Couldn't reach 'owner/name'\nmore"), "check the network"),
+        (RuntimeError(), "(RuntimeError); check the network"),
+        (datasets.exceptions.DatasetNotFoundError("No such data set."), "log in to the hub"),
+        (ValueError("Config name is missing."), "check the name and its configuration"),
+    ],
+)
+def test_an_unreachable_hub_is_one_clear_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    stand_in(monkeypatch, error)
+    message = refusal("hub:owner/name")
+    assert message.startswith("hub:owner/name cannot be read from the hub (")
+    assert said in message
+
+
+def test_offline_the_real_library_is_refused_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    assert "cannot be read from the hub" in refusal("hub:owner/name")
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:a b", "hub:a/b/c", "hub:a/b:", "hub:../b c"])
+def test_a_bad_hub_name_is_an_error(name: str) -> None:
+    assert re.search(r"is no hub name; wanted hub:owner/name", refusal(name))
+
+
+def test_hub_data_without_text_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, datasets.IterableDatasetDict(train=hub_rows({"label": 1})))
+    assert "hub:owner/name (train) has no column text" in refusal("hub:owner/name")
