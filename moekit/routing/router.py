@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moekit.errors import SignalError
+from moekit.errors import SignalError, SpecError
 from moekit.routing.routing import Load, Routing, Signals
 from moekit.spec import Spec
 
@@ -87,14 +87,16 @@ class Router(nn.Module):
     def forward(self, x_ND: Tensor, signals: Signals | None = None) -> Routing:
         """Route each row of ``x_ND``.
 
+        Under ``torch.autograd.set_detect_anomaly`` the logits and ids are checked too.
+
         Raises:
-            SignalError: a required signal is missing, or one has the wrong number of rows.
+            SignalError: a required signal is missing or has the wrong shape or dtype.
         """
         signals = Signals() if signals is None else signals
         self._check(x_ND, signals)
         routing = self.route(x_ND, signals)
-        if torch.is_anomaly_enabled() and routing.logits_NE is not None:
-            self._check_finite(routing.logits_NE)
+        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+            self._check_values(routing)
         return routing.without_padding(signals.valid_N)
 
     def route(self, x_ND: Tensor, signals: Signals) -> Routing:
@@ -120,11 +122,18 @@ class Router(nn.Module):
                     f"wanted ({x_ND.shape[0]},), one entry a row"
                 )
 
-    def _check_finite(self, logits_NE: Tensor) -> None:
-        if not bool(torch.isfinite(logits_NE).all()):
+    def _check_values(self, routing: Routing) -> None:
+        """Look at the values themselves, which waits for the device: in anomaly mode only."""
+        name, logits_NE, expert_NK = type(self).__name__, routing.logits_NE, routing.expert_NK
+        if logits_NE is not None and not bool(torch.isfinite(logits_NE).all()):
             raise SignalError(
-                f"{type(self).__name__} produced logits that are not finite; "
+                f"{name} produced logits that are not finite; "
                 "its input or its weights hold NaN or infinity"
+            )
+        if not bool(((expert_NK >= -1) & (expert_NK < routing.experts)).all()):
+            raise SpecError(
+                f"{name} produced expert ids outside 0 to {routing.experts - 1}, "
+                "the experts of its bank (-1 for an unused slot)"
             )
 
 
