@@ -121,6 +121,11 @@ class Router(nn.Module):
                     f"{name}: signal {signal} has shape {tuple(value.shape)}; "
                     f"wanted ({x_ND.shape[0]},), one entry a row"
                 )
+        if signals.valid_N is not None and signals.valid_N.dtype != torch.bool:
+            raise SignalError(
+                f"{name}: signal valid_N has dtype {signals.valid_N.dtype}; wanted torch.bool, "
+                "True where a row is a token (attention_mask.bool().flatten())"
+            )
 
     def _check_values(self, routing: Routing) -> None:
         """Look at the values themselves, which waits for the device: in anomaly mode only."""
