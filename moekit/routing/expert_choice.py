@@ -26,6 +26,7 @@ class ExpertChoice(RouterSpec):
     """
 
     causal: ClassVar[bool] = False
+    fixed_k: ClassVar[bool] = False
     capacity: float = 2.0
     init_std: float | None = None
 

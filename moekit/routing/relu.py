@@ -24,6 +24,7 @@ class ReLURouting(RouterSpec):
         init_std: standard deviation of the initial weights (0.01 in the released scripts).
     """
 
+    fixed_k: ClassVar[bool] = False
     scores: ClassVar[Literal["probabilities", "gates", "nothing"]] = "gates"
     k: float = 1
     init_std: float | None = 0.01

@@ -43,12 +43,14 @@ class Site:
 class RouterSpec(Spec):
     """Base of every router spec.
 
-    ``causal`` tells whether a token's routing is independent of later tokens, ``scores`` what
-    ``Routing.scores_NE`` holds: probabilities that sum to 1, free non-negative gates, or nothing.
+    ``causal`` tells whether a token's routing is independent of later tokens, ``fixed_k`` whether
+    every token takes the same number of experts, ``scores`` what ``Routing.scores_NE`` holds:
+    probabilities that sum to 1, free non-negative gates, or nothing.
     """
 
     abstract: ClassVar[bool] = True
     causal: ClassVar[bool] = True
+    fixed_k: ClassVar[bool] = True
     scores: ClassVar[Literal["probabilities", "gates", "nothing"]] = "probabilities"
 
     def build(self, site: Site) -> Router:
