@@ -31,6 +31,10 @@ class ReLURouting(RouterSpec):
 
     def check(self) -> None:
         self.require(self.k > 0, f"k is {self.k}; wanted a positive target")
+        self.require(
+            self.init_std is None or self.init_std > 0,
+            f"init_std is {self.init_std}; wanted a positive number, or None for the model's own",
+        )
 
     def check_experts(self, kinds: tuple[str, ...]) -> None:
         self.require(

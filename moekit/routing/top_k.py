@@ -54,6 +54,10 @@ class TopK(RouterSpec):
 
     def check(self) -> None:
         self.require(self.k >= 1, f"k is {self.k}; a token needs at least one expert")
+        self.require(
+            self.init_std is None or self.init_std > 0,
+            f"init_std is {self.init_std}; wanted a positive number, or None for the model's own",
+        )
         self.require(0 <= self.jitter < 1, f"jitter is {self.jitter}; wanted 0 <= jitter < 1")
         self.require(self.scale > 0, f"scale is {self.scale}; wanted a positive number")
         self.require(self.bias_rate >= 0, f"bias_rate is {self.bias_rate}; wanted 0 or more")
