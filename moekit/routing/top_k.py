@@ -168,7 +168,8 @@ class TopKRouter(KeepsFloat32, Router):
                 weight_NK = weight_NK.masked_fill(is_zero_NK, 0.0)
         if self.spec.normalize != "none":
             total_N1 = weight_NK.sum(-1, keepdim=True)
-            weight_NK = weight_NK / torch.where(total_N1 > 0, total_N1, 1.0)
+            lost_N1 = total_N1 < torch.finfo(total_N1.dtype).tiny  # 1 / total would overflow
+            weight_NK = weight_NK.masked_fill(lost_N1, 0.0) / total_N1.masked_fill(lost_N1, 1.0)
         return weight_NK * self.spec.scale if self.spec.scale != 1.0 else weight_NK
 
     @torch.no_grad()
