@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from moekit.errors import SpecError
+
 if TYPE_CHECKING:
     from moekit.experts.experts import Experts
 
@@ -91,7 +93,7 @@ class Routing:
 
     def __post_init__(self) -> None:
         if self.expert_NK.shape != self.weight_NK.shape or self.expert_NK.dim() != 2:
-            raise ValueError(
+            raise SpecError(
                 f"expert ids {tuple(self.expert_NK.shape)} and weights "
                 f"{tuple(self.weight_NK.shape)} must both be (N, K)"
             )
