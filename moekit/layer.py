@@ -68,8 +68,16 @@ class MoESpec(Spec):
         Args:
             previous: number of experts of the nearest MoE layer below, if any.
             vocabulary: number of token ids, for routers that look at them.
+
+        Raises:
+            SpecError: the shared expert returns rows of another width than the bank.
         """
         site = Site(width, self.experts.expert_kinds(), previous, vocabulary)
+        out = self.experts.out_width(width)
+        self.require(
+            self.shared is None or self.shared.out_width(width) == out,
+            f"the bank returns rows of width {out} and the shared expert does not; set its out",
+        )
         shared = None if self.shared is None else self.shared.build(width)
         gate = nn.Linear(width, 1, bias=False) if self.shared_gate else None
         return MoE(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moekit.errors import SpecError
 from moekit.routing.router import ZERO_COMPUTATION
-from moekit.routing.routing import Routing
+from moekit.routing.routing import Routing, count_ids
 
 Priority = Literal["position", "score", "slot", "random"]
 
@@ -48,7 +48,7 @@ def limit(routing: Routing, capacity: Sequence[int], priority: Priority = "slot"
     expert = torch.where(routing.used_NK, routing.expert_NK, routing.experts).flatten()
     first = _order(routing, priority)
     order = first[expert[first].argsort(stable=True)]
-    count = torch.bincount(expert, minlength=routing.experts + 1)
+    count = count_ids(expert, routing.experts + 1)
     start = count.cumsum(0) - count
     position = torch.arange(len(order), device=order.device) - start[expert[order]]
     room = torch.tensor([*capacity, 0], device=order.device)

@@ -134,7 +134,7 @@ class Capacity(DispatchSpec):
 
     def check_layer(self, router: RouterSpec, kinds: tuple[str, ...]) -> None:
         self.require(
-            router.scores != "gates",
+            router.fixed_k,
             f"{type(router).__name__} decides itself how many experts run; use Dropless",
         )
 

@@ -109,16 +109,22 @@ class FeedForwardExperts(Experts):
         """Name of the first projection, that of transformers."""
         return "gate_up_proj" if self.spec.gated else "up_proj"
 
+    @property
+    def up_weight(self) -> Tensor:
+        """The first projection's weight; no Parameter under ``functional_call`` or LoRA."""
+        weight: Tensor = getattr(self, self.up_name)
+        return weight
+
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
-        nn.init.normal_(self.get_parameter(self.up_name), std=std)
+        nn.init.normal_(self.up_weight, std=std)
         nn.init.normal_(self.down_proj, std=std)
         for bias in (self.up_bias, self.down_bias):
             if bias is not None:
                 nn.init.zeros_(bias)
 
     def forward(self, rows_RD: Tensor, groups: RowGroups) -> Tensor:
-        inner = groups.linear(rows_RD, self.get_parameter(self.up_name), self.up_bias)
+        inner = groups.linear(rows_RD, self.up_weight, self.up_bias)
         return groups.linear(self.activate(inner), self.down_proj, self.down_bias)
 
     def activate(self, inner: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ choice; the loop is the oracle of the others.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Self
 
 import torch
@@ -27,16 +26,19 @@ class RowGroups:
 
     def __init__(self, count_E: Tensor) -> None:
         self.count_E = count_E
+        self._sizes: list[int] | None = None
 
     @property
     def experts(self) -> int:
         """Number of experts E."""
         return self.count_E.shape[0]
 
-    @cached_property
+    @property
     def sizes(self) -> list[int]:
         """The counts as Python integers; a device sync on its first use."""
-        return [int(n) for n in self.count_E.tolist()]
+        if self._sizes is None:
+            self._sizes = [int(n) for n in self.count_E.tolist()]
+        return self._sizes
 
     def slice(self, start: int, stop: int) -> Self:
         """The groups of experts ``start`` to ``stop`` alone."""
@@ -64,10 +66,9 @@ class RowGroups:
 class GroupedMM(RowGroups):
     """Products through ``torch.nn.functional.grouped_mm``; needs :func:`fits_grouped_mm`."""
 
-    @cached_property
-    def end_E(self) -> Tensor:
-        """Cumulative row counts, int32, as grouped_mm wants them."""
-        return self.count_E.cumsum(0, dtype=torch.int32)
+    def __init__(self, count_E: Tensor) -> None:
+        super().__init__(count_E)
+        self.end_E = count_E.cumsum(0, dtype=torch.int32)  # as grouped_mm wants them
 
     def product(self, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
         if not fits_grouped_mm(rows_RI, weight_EOI):
@@ -89,7 +90,7 @@ class PaddedGroups(RowGroups):
         super().__init__(count_E)
         self.places = places
 
-    @cached_property
+    @property
     def sizes(self) -> list[int]:
         return [self.places] * self.experts
 

@@ -33,9 +33,10 @@ class DenseWarmup(TopK):
 
     def check_experts(self, kinds: tuple[str, ...]) -> None:
         super().check_experts(kinds)
+        room = len(kinds) // self.groups * self.top_groups
         self.require(
-            self.warmup_k <= len(kinds),
-            f"warmup_k is {self.warmup_k} but the bank has {len(kinds)} experts",
+            self.warmup_k <= room,
+            f"warmup_k is {self.warmup_k} but a token can choose among {room} experts",
         )
 
     def build(self, site: Site) -> DenseWarmupRouter:
@@ -51,6 +52,12 @@ class DenseWarmupRouter(TopKRouter):
     def __init__(self, spec: DenseWarmup, site: Site) -> None:
         super().__init__(spec, site)
         self.register_buffer("steps_left", torch.tensor(spec.warmup_steps))
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        super().reset_parameters(std)
+        if hasattr(self, "steps_left"):  # absent while the base class initialises
+            self.steps_left.fill_(self.spec.warmup_steps)
 
     def select(self, scores_NE: Tensor) -> Tensor:
         warming = self.training and int(self.steps_left) > 0

@@ -26,11 +26,16 @@ class ExpertChoice(RouterSpec):
     """
 
     causal: ClassVar[bool] = False
+    fixed_k: ClassVar[bool] = False
     capacity: float = 2.0
     init_std: float | None = None
 
     def check(self) -> None:
         self.require(self.capacity > 0, f"capacity is {self.capacity}; wanted a positive number")
+        self.require(
+            self.init_std is None or self.init_std > 0,
+            f"init_std is {self.init_std}; wanted a positive number, or None for the model's own",
+        )
 
     def check_experts(self, kinds: tuple[str, ...]) -> None:
         self.require(

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moekit.routing.float32 import KeepsFloat32
 from moekit.routing.losses import Batch, Loss, LossSpec
 from moekit.routing.router import RouterSpec, Site
 from moekit.routing.routing import Load
@@ -22,7 +21,8 @@ class L1Balance(LossSpec):
     Loss of a layer: ``(1/T) Σ_t Σ_e f_e R_te`` with ``f_e = (E / kT) Σ_t [R_te > 0]`` detached,
     averaged over layers as in the paper (the released code adds layers up, so its λ are not
     comparable). Its coefficient λ is state: after each optimiser step it is multiplied by
-    ``alpha`` if the sparsity of the step was below ``1 - k/E``, and divided by it if above.
+    ``alpha`` if the sparsity of the step was below ``1 - k/E``, divided by it if above, and held
+    where they are equal (the released code divides there).
 
     Attributes:
         weight: factor on λ; 1 in the paper.
@@ -56,21 +56,31 @@ class L1Balance(LossSpec):
         return L1BalanceLoss(self, site)
 
 
-class L1BalanceLoss(KeepsFloat32, Loss):
-    """The module of :class:`L1Balance`; ``lam`` is λ, a float32 buffer."""
+class L1BalanceLoss(Loss):
+    """The module of :class:`L1Balance`.
 
-    float32_buffers = ("lam",)  # 1e-8 and a factor of 1.2 do not survive half precision
+    Its state is the exponent n of ``λ = initial · alphaⁿ``, steps below the target less steps
+    above it. An integer survives a cast to half precision, and λ neither drifts by rounding nor
+    sticks at 0 once it has underflowed.
+    """
+
     spec: L1Balance
-    lam: Tensor
+    exponent: Tensor
 
     def __init__(self, spec: L1Balance, site: Site) -> None:
         super().__init__(spec, site)
-        self.register_buffer("lam", torch.tensor(spec.initial, dtype=torch.float32))
+        self.register_buffer("exponent", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
         """Put λ back to its initial value."""
-        self.lam.fill_(self.spec.initial)
+        self.exponent.zero_()
+
+    @property
+    def lam(self) -> Tensor:
+        """λ, float32 ()."""
+        alpha = torch.full_like(self.exponent, self.spec.alpha, dtype=torch.float64)
+        return (self.spec.initial * alpha**self.exponent).to(torch.float32)
 
     def coefficient(self) -> Tensor:
         return self.lam * self.spec.weight
@@ -86,8 +96,12 @@ class L1BalanceLoss(KeepsFloat32, Loss):
 
     @torch.no_grad()
     def update(self, loads: Sequence[Load]) -> None:
-        """Correct λ once, by the sparsity of the step over all layers, micro-batches and ranks."""
-        active_L = torch.stack([load.assignments_E.sum() / load.tokens for load in loads])
-        sparsity = 1 - active_L.mean() / len(self.kinds)
-        sign = torch.sign(1 - self.spec.k / len(self.kinds) - sparsity)
-        self.lam.mul_(torch.as_tensor(self.spec.alpha, device=sign.device) ** sign)
+        """Correct λ once, by the sparsity of the step over all layers, micro-batches and ranks.
+
+        A step in which a layer saw no token says nothing and leaves λ as it is.
+        """
+        tokens_L = torch.stack([load.tokens for load in loads])
+        active_L = torch.stack([load.assignments_E.sum() for load in loads])
+        per_token = (active_L.double() / tokens_L.clamp_min(1)).mean()
+        sign = torch.sign(per_token - self.spec.k) * (tokens_L.min() > 0)
+        self.exponent.add_(sign.to(self.exponent.dtype))

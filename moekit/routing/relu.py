@@ -24,12 +24,17 @@ class ReLURouting(RouterSpec):
         init_std: standard deviation of the initial weights (0.01 in the released scripts).
     """
 
+    fixed_k: ClassVar[bool] = False
     scores: ClassVar[Literal["probabilities", "gates", "nothing"]] = "gates"
     k: float = 1
     init_std: float | None = 0.01
 
     def check(self) -> None:
         self.require(self.k > 0, f"k is {self.k}; wanted a positive target")
+        self.require(
+            self.init_std is None or self.init_std > 0,
+            f"init_std is {self.init_std}; wanted a positive number, or None for the model's own",
+        )
 
     def check_experts(self, kinds: tuple[str, ...]) -> None:
         self.require(

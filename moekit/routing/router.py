@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moekit.errors import SignalError
+from moekit.errors import SignalError, SpecError
 from moekit.routing.routing import Load, Routing, Signals
 from moekit.spec import Spec
 
@@ -43,12 +43,14 @@ class Site:
 class RouterSpec(Spec):
     """Base of every router spec.
 
-    ``causal`` tells whether a token's routing is independent of later tokens, ``scores`` what
-    ``Routing.scores_NE`` holds: probabilities that sum to 1, free non-negative gates, or nothing.
+    ``causal`` tells whether a token's routing is independent of later tokens, ``fixed_k`` whether
+    every token takes the same number of experts, ``scores`` what ``Routing.scores_NE`` holds:
+    probabilities that sum to 1, free non-negative gates, or nothing.
     """
 
     abstract: ClassVar[bool] = True
     causal: ClassVar[bool] = True
+    fixed_k: ClassVar[bool] = True
     scores: ClassVar[Literal["probabilities", "gates", "nothing"]] = "probabilities"
 
     def build(self, site: Site) -> Router:
@@ -87,14 +89,16 @@ class Router(nn.Module):
     def forward(self, x_ND: Tensor, signals: Signals | None = None) -> Routing:
         """Route each row of ``x_ND``.
 
+        Under ``torch.autograd.set_detect_anomaly`` the logits and ids are checked too.
+
         Raises:
-            SignalError: a required signal is missing, or one has the wrong number of rows.
+            SignalError: a required signal is missing or has the wrong shape or dtype.
         """
         signals = Signals() if signals is None else signals
         self._check(x_ND, signals)
         routing = self.route(x_ND, signals)
-        if torch.is_anomaly_enabled() and routing.logits_NE is not None:
-            self._check_finite(routing.logits_NE)
+        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+            self._check_values(routing)
         return routing.without_padding(signals.valid_N)
 
     def route(self, x_ND: Tensor, signals: Signals) -> Routing:
@@ -119,12 +123,24 @@ class Router(nn.Module):
                     f"{name}: signal {signal} has shape {tuple(value.shape)}; "
                     f"wanted ({x_ND.shape[0]},), one entry a row"
                 )
-
-    def _check_finite(self, logits_NE: Tensor) -> None:
-        if not bool(torch.isfinite(logits_NE).all()):
+        if signals.valid_N is not None and signals.valid_N.dtype != torch.bool:
             raise SignalError(
-                f"{type(self).__name__} produced logits that are not finite; "
+                f"{name}: signal valid_N has dtype {signals.valid_N.dtype}; wanted torch.bool, "
+                "True where a row is a token (attention_mask.bool().flatten())"
+            )
+
+    def _check_values(self, routing: Routing) -> None:
+        """Look at the values themselves, which waits for the device: in anomaly mode only."""
+        name, logits_NE, expert_NK = type(self).__name__, routing.logits_NE, routing.expert_NK
+        if logits_NE is not None and not bool(torch.isfinite(logits_NE).all()):
+            raise SignalError(
+                f"{name} produced logits that are not finite; "
                 "its input or its weights hold NaN or infinity"
+            )
+        if not bool(((expert_NK >= -1) & (expert_NK < routing.experts)).all()):
+            raise SpecError(
+                f"{name} produced expert ids outside 0 to {routing.experts - 1}, "
+                "the experts of its bank (-1 for an unused slot)"
             )
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from moekit.errors import SpecError
+
 if TYPE_CHECKING:
     from moekit.experts.experts import Experts
 
@@ -91,7 +93,7 @@ class Routing:
 
     def __post_init__(self) -> None:
         if self.expert_NK.shape != self.weight_NK.shape or self.expert_NK.dim() != 2:
-            raise ValueError(
+            raise SpecError(
                 f"expert ids {tuple(self.expert_NK.shape)} and weights "
                 f"{tuple(self.weight_NK.shape)} must both be (N, K)"
             )
@@ -145,13 +147,12 @@ class Routing:
 
     def load_E(self) -> Tensor:
         """Assignments each expert received, int64 (E,)."""
-        shifted = self.expert_NK.flatten() + 1
-        return torch.bincount(shifted, minlength=self.experts + 1)[1:]
+        return count_ids(self.expert_NK.flatten() + 1, self.experts + 1)[1:]
 
     def valid_tokens(self) -> Tensor:
         """Number of rows that are not padding, int64 ()."""
         if self.valid_N is None:
-            return torch.tensor(self.tokens, device=self.expert_NK.device)
+            return torch.full((), self.tokens, device=self.expert_NK.device)
         return self.valid_N.sum()
 
     def dense_weight_NE(self) -> Tensor:
@@ -180,6 +181,14 @@ class Load:
 
     def __add__(self, other: Load) -> Load:
         return Load(self.assignments_E + other.assignments_E, self.tokens + other.tokens)
+
+
+def count_ids(ids: Tensor, size: int) -> Tensor:
+    """How often each of ``0 … size - 1`` occurs in ``ids``, int64 (size,).
+
+    ``torch.bincount`` reads the largest id back from the device; this reads nothing.
+    """
+    return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def all_slots_NE(active_NE: Tensor) -> Tensor:

@@ -133,12 +133,24 @@ def _batch(routing: Routing, load: Load, ranks: int) -> Batch:
 
 
 def _pooled(batches: Sequence[Batch]) -> Batch:
-    masks = [b.valid_N1 for b in batches if b.valid_N1 is not None]
     return Batch(
         load_E=torch.stack([b.load_E for b in batches]).sum(0),
         tokens=torch.stack([b.tokens for b in batches]).sum(),
         logits_NE=torch.cat([b.logits_NE for b in batches]),
         scores_NE=torch.cat([b.scores_NE for b in batches]),
-        valid_N1=torch.cat(masks) if masks else None,
+        valid_N1=_pooled_mask(batches),
         ranks=batches[0].ranks,
     )
+
+
+def _pooled_mask(batches: Sequence[Batch]) -> Tensor | None:
+    """The layers' masks on end, where a layer without a mask has no padding."""
+    if all(b.valid_N1 is None for b in batches):
+        return None
+    masks = [
+        b.logits_NE.new_ones(len(b.logits_NE), 1, dtype=torch.bool)
+        if b.valid_N1 is None
+        else b.valid_N1
+        for b in batches
+    ]
+    return torch.cat(masks)

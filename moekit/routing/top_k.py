@@ -54,6 +54,10 @@ class TopK(RouterSpec):
 
     def check(self) -> None:
         self.require(self.k >= 1, f"k is {self.k}; a token needs at least one expert")
+        self.require(
+            self.init_std is None or self.init_std > 0,
+            f"init_std is {self.init_std}; wanted a positive number, or None for the model's own",
+        )
         self.require(0 <= self.jitter < 1, f"jitter is {self.jitter}; wanted 0 <= jitter < 1")
         self.require(self.scale > 0, f"scale is {self.scale}; wanted a positive number")
         self.require(self.bias_rate >= 0, f"bias_rate is {self.bias_rate}; wanted 0 or more")
@@ -164,7 +168,8 @@ class TopKRouter(KeepsFloat32, Router):
                 weight_NK = weight_NK.masked_fill(is_zero_NK, 0.0)
         if self.spec.normalize != "none":
             total_N1 = weight_NK.sum(-1, keepdim=True)
-            weight_NK = weight_NK / torch.where(total_N1 > 0, total_N1, 1.0)
+            lost_N1 = total_N1 < torch.finfo(total_N1.dtype).tiny  # 1 / total would overflow
+            weight_NK = weight_NK.masked_fill(lost_N1, 0.0) / total_N1.masked_fill(lost_N1, 1.0)
         return weight_NK * self.spec.scale if self.spec.scale != 1.0 else weight_NK
 
     @torch.no_grad()
