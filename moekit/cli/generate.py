@@ -27,7 +27,9 @@ Examples:
 
 
 def generate_command(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub name of a causal language model.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder or hub name of a causal language model.")
+    ],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the prompt.")] = None,
     tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 100,

@@ -56,9 +56,12 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 ReportTo = Annotated[
-    str, typer.Option(help="Trackers, comma-separated: tensorboard, wandb, or what transformers has.")
+    str,
+    typer.Option(help="Trackers, comma-separated: tensorboard, wandb, or what transformers has."),
 ]
-Output = Annotated[Path, typer.Option(help="Folder for results. Run again to go on where it stopped.")]
+Output = Annotated[
+    Path, typer.Option(help="Folder for results. Run again to go on where it stopped.")
+]
 
 
 def design_of(name: str, shape: Shape) -> Design:

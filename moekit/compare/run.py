@@ -229,4 +229,3 @@ def save_model(model: MoEDecoderForCausalLM, data: TextData, folder: Path) -> No
     data.tokenizer.save_pretrained(str(scratch))
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
-

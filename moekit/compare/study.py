@@ -105,6 +105,10 @@ class Study:
     phases: dict[str, ExpertPhaseResult]
     machine: dict[str, Any]
 
+    def of(self, design: str) -> list[RunRecord]:
+        """The runs of one design, by seed."""
+        return [record for record in self.records if record.design == design]
+
 
 def compare(
     spec: StudySpec,
@@ -189,4 +193,3 @@ def _claim(output: Path, spec: StudySpec) -> None:
             f"{output} holds a study with other {', '.join(changed)}; "
             "choose another folder with --output, or delete that one"
         )
-

@@ -82,7 +82,7 @@ class DesignSummary:
             "load_violation": None if self.load_violation is None else self.load_violation.mean,
         }
         if self.phase is not None:
-            row["expert_phase_seconds_per_token"] = self.phase.seconds_per_token_per_token
+            row["expert_phase_seconds_per_token"] = self.phase.seconds_per_token
             row["expert_phase_rows_per_token"] = self.phase.rows_per_token
         return row
 

@@ -178,8 +178,8 @@ def _first_line_has_text(path: Path, columns: Columns) -> bool:
 
 
 def _read_parquet(path: Path, columns: Columns) -> Iterator[Document]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
         with path.open("rb") as opened:

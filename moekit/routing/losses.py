@@ -133,18 +133,15 @@ class Loss(nn.Module):
         """The loss of several layers from the loss of each."""
         return values_L.sum()
 
-    def reset_parameters(self) -> None:
-        """Put the state back to that of the first step."""
-        if self.spec.then:
-            self.step.zero_()
-
     def update(self, loads: Sequence[Load]) -> None:
         """Change state once an optimiser step, given each layer's load of that step."""
         if self.spec.then:
             self.step += 1
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Put the state back to its initial value."""
+        """Put the state back to that of the first step."""
+        if self.spec.then:
+            self.step.zero_()
 
 
 # --- balance ------------------------------------------------------------------------------------

@@ -156,8 +156,7 @@ def _row(name: str, arms: Sequence[_Arm]) -> dict[str, Any]:
 def _load_is_reached(runs: Sequence[dict[str, _Arm]], quick: bool) -> Finding:
     loads = [run["adamoe"].load for run in runs]
     gains = [
-        run["top-2"].phase.seconds_per_token / run["adamoe"].phase.seconds_per_token
-        for run in runs
+        run["top-2"].phase.seconds_per_token / run["adamoe"].phase.seconds_per_token for run in runs
     ]
     return Finding(
         claim="Load 1.66 true experts a token instead of 2, 15% less compute (table 2)",

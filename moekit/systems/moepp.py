@@ -6,7 +6,9 @@ Experts", arXiv 2410.07348.
 
 from __future__ import annotations
 
-from moekit.compare import Design, Study, StudySpec, compare
+import itertools
+
+from moekit.compare import Design, Study, compare
 from moekit.compare.budgets import small_model_study
 from moekit.compare.summary import paired_difference, summarise
 from moekit.dispatch import Capacity
@@ -69,7 +71,7 @@ def _load_follows_tau(study: Study, names: dict[float, str], quick: bool) -> Fin
         f"τ={tau}: {m:.2f} (formula {f:.2f})"
         for tau, m, f in zip(TAUS, measured, formula, strict=True)
     )
-    rising = all(a < b for a, b in zip(measured, measured[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(measured))
     return Finding(
         claim="A smaller τ sends fewer tokens to feed-forward experts (sec. 3.3)",
         measured=f"feed-forward experts a token {pairs}",
@@ -79,7 +81,10 @@ def _load_follows_tau(study: Study, names: dict[float, str], quick: bool) -> Fin
 
 def _time_follows_rows(study: Study, names: dict[float, str], quick: bool) -> Finding:
     base = study.phases["topk"]
-    gains = {tau: base.seconds_per_token / study.phases[name].seconds_per_token for tau, name in names.items()}
+    gains = {
+        tau: base.seconds_per_token / study.phases[name].seconds_per_token
+        for tau, name in names.items()
+    }
     rows = {
         tau: base.rows_per_token / study.phases[name].rows_per_token for tau, name in names.items()
     }
