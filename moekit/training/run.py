@@ -30,7 +30,7 @@ from moekit.training.trainer import MoETrainer
 RECORD = "run.json"
 _FREE_TO_CHANGE = frozenset({"eval_every", "eval_batches", "save_every", "log_every", "keep"})
 _NOT_THE_MODEL = frozenset({"transformers_version", "_name_or_path", "use_cache", "architectures"})
-_ROW_NAMES = {"eval_loss": "validation_loss"}
+_ROW_NAMES = {"eval_loss": "validation_loss", "eval_runtime": "validation_seconds"}
 
 
 class TrainingData(Protocol):
@@ -58,7 +58,7 @@ class TrainingResult:
             (wall time so far, over all resumes). Log rows have ``loss`` (cross-entropy plus
             weighted routing losses), ``cross_entropy``, ``learning_rate``, ``grad_norm``,
             ``tokens_per_second`` and ``routing``, see :meth:`RoutingWindow.take`; rows of an
-            evaluation have ``validation_loss``.
+            evaluation have ``validation_loss`` and ``validation_seconds``.
         validation_loss: that of the last evaluation, in nats a token.
         tokens: tokens trained on.
         seconds: wall time, with evaluation and saving, over all resumes.
