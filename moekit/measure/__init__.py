@@ -1,5 +1,43 @@
-"""What a model does and costs: routing statistics, efficiency, tokens, checkpoints, reports."""
+"""What a model does and costs: routing statistics, efficiency, tokens, checkpoints, reports.
 
+Reports, which need matplotlib and jinja2, are imported from :mod:`moekit.measure.report`.
+"""
+
+from moekit.measure.expert_phase import ExpertPhase, ExpertPhaseResult, compare_expert_phase
+from moekit.measure.flops import count_flops
+from moekit.measure.memory import PeakMemory
+from moekit.measure.observe import Observation, observe
+from moekit.measure.parameters import ParameterCounts, parameter_counts
 from moekit.measure.statistics import LayerStatistics, ModelStatistics
+from moekit.measure.token_types import TOKEN_TYPES, token_texts, token_type
+from moekit.measure.tokens import (
+    ExpertTokens,
+    GroupUse,
+    TokenRouting,
+    TokenUse,
+    TypeUse,
+    token_routing,
+)
 
-__all__ = ["LayerStatistics", "ModelStatistics"]
+__all__ = [
+    "TOKEN_TYPES",
+    "ExpertPhase",
+    "ExpertPhaseResult",
+    "ExpertTokens",
+    "GroupUse",
+    "LayerStatistics",
+    "ModelStatistics",
+    "Observation",
+    "ParameterCounts",
+    "PeakMemory",
+    "TokenRouting",
+    "TokenUse",
+    "TypeUse",
+    "compare_expert_phase",
+    "count_flops",
+    "observe",
+    "parameter_counts",
+    "token_routing",
+    "token_texts",
+    "token_type",
+]

@@ -13,6 +13,7 @@ Example:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,15 +62,23 @@ class LayerStatistics:
             output: what the layer returned.
             kinds: the bank's ``kinds``; None when every expert is a feed-forward one.
         """
-        routing = output.routing
+        counted = cls.of_routing(output.routing, kinds)
+        return dataclasses.replace(counted, rows=output.rows_E.sum(), dropped=output.dropped)
+
+    @classmethod
+    @torch.no_grad()
+    def of_routing(cls, routing: Routing, kinds: tuple[str, ...] | None = None) -> LayerStatistics:
+        """The statistics of a routing that is run as it is, without a capacity limit."""
         kinds = ("feed_forward",) * routing.experts if kinds is None else kinds
+        histogram_C = _histogram(routing, kinds)
+        number_C = torch.arange(len(histogram_C), device=histogram_C.device)
         return cls(
             kinds=kinds,
             tokens=routing.valid_tokens(),
             load_E=_counts(routing.expert_NK.flatten() + 1, routing.experts + 1)[1:],
-            rows=output.rows_E.sum(),
-            dropped=output.dropped,
-            histogram_C=_histogram(routing, kinds),
+            rows=(histogram_C * number_C).sum(),
+            dropped=histogram_C.new_zeros(()),
+            histogram_C=histogram_C,
             entropy=_entropy(routing),
         )
 

@@ -1,0 +1,139 @@
+"""Read the decisions of transformers' own routers.
+
+Since transformers 5 a router is a module that returns ``(logits, weights, expert ids)``, of
+shapes (N, E), (N, K) and (N, K). It is recognised by its class name and by what it returns, so a
+new architecture that keeps to the form needs nothing here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moekit.errors import CheckpointError
+from moekit.routing.routing import Routing
+
+_NAME = re.compile(r"(Router|Gate)$")
+_READABLE = (
+    "Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2 and V3, GPT-OSS, Granite-MoE, Phi-MoE, and "
+    "others whose routers return (logits, weights, expert ids)"
+)
+
+
+def find_gates(model: nn.Module) -> dict[str, nn.Module]:
+    """The routers of a transformers model by name, in order.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = {n: m for n, m in model.named_modules() if _NAME.search(type(m).__name__)}
+    if not found:
+        raise CheckpointError(
+            f"{type(model).__name__} has no router that can be read; readable are {_READABLE}"
+        )
+    return found
+
+
+class GateHooks:
+    """Collects the routing of every router call inside the block.
+
+    Attributes:
+        routings: one a call, in the order of the calls; rows follow the flattened (B, T) tokens.
+
+    Raises:
+        CheckpointError: the model has no router, or one returns something else than a decision.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.routings: list[Routing] = []
+        self._gates = find_gates(model)
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> GateHooks:
+        for name, gate in self._gates.items():
+            self._handles.append(gate.register_forward_hook(self._reader(name)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _reader(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def read(gate: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+            self.routings.append(_routing(f"{name} ({type(gate).__name__})", output))
+
+        return read
+
+
+def _routing(name: str, output: Any) -> Routing:
+    if not _is_decision(output):
+        raise CheckpointError(
+            f"the router {name} does not return (logits, weights, expert ids); "
+            f"readable are {_READABLE}"
+        )
+    logits, weights, ids = (part.detach().flatten(0, -2) for part in output[:3])
+    experts = logits.shape[-1]
+    used_NK = (ids >= 0) & (ids < experts)
+    expert_NK = torch.where(used_NK, ids.long(), -1)
+    weight_NK = weights.masked_fill(~used_NK, 0.0)
+    return Routing(
+        expert_NK=expert_NK,
+        weight_NK=weight_NK,
+        experts=experts,
+        logits_NE=logits,
+        scores_NE=_scores(logits.float(), weight_NK.float(), expert_NK),
+    )
+
+
+def _is_decision(output: Any) -> bool:
+    if not isinstance(output, tuple) or len(output) < 3:
+        return False
+    if not all(isinstance(part, Tensor) and part.dim() >= 2 for part in output[:3]):
+        return False
+    logits, weights, ids = output[:3]
+    return (
+        logits.is_floating_point()
+        and weights.is_floating_point()
+        and not ids.is_floating_point()
+        and weights.shape == ids.shape
+        and logits.shape[:-1] == ids.shape[:-1]
+    )
+
+
+def _scores(logits_NE: Tensor, weight_NK: Tensor, expert_NK: Tensor) -> Tensor:
+    """The probabilities behind the weights.
+
+    Routers do not say whether they take a softmax or normalised sigmoids (DeepSeek-V3), or have
+    handed out probabilities for logits; the form whose chosen entries are in the proportions of
+    the weights is the one.
+    """
+    sigmoid_NE = logits_NE.sigmoid()
+    forms: Mapping[str, Tensor] = {
+        "softmax": logits_NE.softmax(-1),
+        "sigmoid": sigmoid_NE / sigmoid_NE.sum(-1, keepdim=True),
+        "as they are": logits_NE.clamp_min(0),
+    }
+    target_NK = _proportions(weight_NK)
+    chosen_NK = expert_NK.clamp_min(0)
+
+    def distance(form: str) -> float:
+        return float((_proportions(forms[form].gather(1, chosen_NK)) - target_NK).abs().sum())
+
+    return forms[min(forms, key=distance)]
+
+
+def _proportions(value_NK: Tensor) -> Tensor:
+    total_N1 = value_NK.sum(-1, keepdim=True)
+    return value_NK / torch.where(total_N1 > 0, total_N1, 1.0)
