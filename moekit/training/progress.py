@@ -119,7 +119,7 @@ def bars(console: Console | None = None) -> Progress:
     )
 
 
-class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+class ProgressCallback(TrainerCallback):
     """Passes what the Trainer does on to a :class:`ProgressReporter`, on the first rank only."""
 
     def __init__(self, reporter: ProgressReporter, description: str) -> None:
