@@ -248,7 +248,8 @@ class MoETrainer(transformers.Trainer):
 
     def release(self) -> None:
         """Take off the model what mixed precision put around its ``forward``."""
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        for name in ("forward", "_original_forward"):
+            vars(self.model).pop(name, None)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
