@@ -1,17 +1,11 @@
-"""How long steps take and how much memory they need."""
+"""How long steps and runs take."""
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
-from pathlib import Path
-from typing import Literal
 
 import torch
-
-_CLEAR_PEAK = "5"  # what Linux wants in /proc/self/clear_refs to restart the peak
 
 
 class StepClock:
@@ -73,36 +67,3 @@ class WallClock:
     def read(self) -> float:
         """Seconds so far."""
         return self._before + time.perf_counter() - self._began
-
-
-class PeakMemory:
-    """The most memory in use since this was made.
-
-    On CUDA it is torch's allocated memory. On the CPU it is the resident memory of the whole
-    process, Python and its libraries included; where the system cannot restart that peak (any
-    but Linux) it counts from the start of the process.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.of: Literal["cuda", "process"] = "cuda" if device.type == "cuda" else "process"
-        self._device = device
-        if self.of == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            _restart_process_peak()
-
-    def read(self) -> int:
-        """The peak so far, in bytes."""
-        if self.of == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _restart_process_peak() -> None:
-    if sys.platform != "linux":
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
-    except OSError:
-        return  # forbidden in some containers; the peak then counts from the start

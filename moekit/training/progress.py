@@ -57,12 +57,14 @@ class RichProgress:
         self._description = ""
         self._began = self._told = 0.0
         self._first: int | None = None
+        self._step = 0
+        self._figures: list[str] = []
 
     def start(self, total: int, description: str) -> None:
         """Show an empty bar."""
         self._total, self._description = total, description
         self._began = self._told = time.monotonic()
-        self._first = None
+        self._first, self._step, self._figures = None, 0, []
         if self._lines:
             return
         if self._owned:
@@ -80,25 +82,28 @@ class RichProgress:
 
     def finish(self) -> None:
         """Remove the bar if it is one of several, else leave it as it stands."""
-        if self._task is None:
-            return
-        if self._owned:
-            self._progress.stop()
-        else:
-            self._progress.remove_task(self._task)
-        self._task = None
+        if self._lines:
+            self._print(self._step, "done" if self._step == self._total else "stopped")
+        elif self._task is not None:
+            if self._owned:
+                self._progress.stop()
+            else:
+                self._progress.remove_task(self._task)
+            self._task = None
 
-    def _line(self, step: int, parts: list[str]) -> None:
+    def _line(self, step: int, figures: list[str]) -> None:
         now = time.monotonic()
         if self._first is None:  # a resumed run does not begin at 0
             self._first = step - 1
-        if now - self._told < _SECONDS_A_LINE and step < self._total:
-            return
-        self._told = now
-        left = (now - self._began) / (step - self._first) * (self._total - step)
-        parts = [f"{self._description}: step {step}/{self._total}", *filter(None, parts)]
-        parts.append(f"{_clock(left)} left" if step < self._total else "done")
-        print(", ".join(parts), file=sys.stderr, flush=True)
+        self._step, self._figures = step, figures
+        if now - self._told >= _SECONDS_A_LINE and step < self._total:
+            self._told = now
+            left = (now - self._began) / (step - self._first) * (self._total - step)
+            self._print(step, f"{_clock(left)} left")
+
+    def _print(self, step: int, end: str) -> None:
+        parts = [f"{self._description}: step {step}/{self._total}", *self._figures, end]
+        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
 
 def bars(console: Console | None = None) -> Progress:
@@ -114,7 +119,7 @@ def bars(console: Console | None = None) -> Progress:
     )
 
 
-class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+class ProgressCallback(TrainerCallback):
     """Passes what the Trainer does on to a :class:`ProgressReporter`, on the first rank only."""
 
     def __init__(self, reporter: ProgressReporter, description: str) -> None:

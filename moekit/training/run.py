@@ -7,13 +7,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from moekit.errors import CheckpointError, OutputError
+from moekit.measure.memory import PeakMemory
 from moekit.training.arguments import training_arguments
 from moekit.training.checkpoints import (
     checkpoints,
@@ -22,15 +23,14 @@ from moekit.training.checkpoints import (
     saving_to,
     write_json,
 )
-from moekit.training.clock import PeakMemory
 from moekit.training.progress import ProgressCallback, ProgressReporter, RichProgress
+from moekit.training.rows import history_rows
 from moekit.training.spec import TrainingSpec
 from moekit.training.trainer import MoETrainer
 
 RECORD = "run.json"
 _FREE_TO_CHANGE = frozenset({"eval_every", "eval_batches", "save_every", "log_every", "keep"})
 _NOT_THE_MODEL = frozenset({"transformers_version", "_name_or_path", "use_cache", "architectures"})
-_ROW_NAMES = {"eval_loss": "validation_loss"}
 
 
 class TrainingData(Protocol):
@@ -58,15 +58,14 @@ class TrainingResult:
             (wall time so far, over all resumes). Log rows have ``loss`` (cross-entropy plus
             weighted routing losses), ``cross_entropy``, ``learning_rate``, ``grad_norm``,
             ``tokens_per_second`` and ``routing``, see :meth:`RoutingWindow.take`; rows of an
-            evaluation have ``validation_loss``.
+            evaluation have ``validation_loss`` and ``validation_seconds``.
         validation_loss: that of the last evaluation, in nats a token.
         tokens: tokens trained on.
         seconds: wall time, with evaluation and saving, over all resumes.
         tokens_per_second: median over log rows of the median over their steps, without
             evaluation and saving.
-        peak_memory_bytes: most memory in use during this call.
-        peak_memory_of: what that is the memory of: torch's tensors on ``cuda``, or the whole
-            ``process``.
+        peak_memory_bytes: most memory in use during this call: that of torch's tensors on CUDA,
+            of the whole process on the CPU, see :class:`~moekit.measure.memory.PeakMemory`.
         steps: optimiser steps.
         checkpoint: the last checkpoint, which ``from_pretrained`` loads.
     """
@@ -77,7 +76,6 @@ class TrainingResult:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
-    peak_memory_of: Literal["cuda", "process"]
     steps: int
     checkpoint: Path
 
@@ -138,12 +136,12 @@ def train(
     trainer.add_callback(ProgressCallback(reporter, description))
     record = _record(model, data, spec)
     checkpoint = _open(output, record, trainer, resume)
-    memory = PeakMemory(arguments.device)
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        reporter.finish()
-        trainer.release()
+    with PeakMemory(arguments.device) as memory:
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            reporter.finish()
+            trainer.release()
     return _result(trainer, output, memory)
 
 
@@ -223,18 +221,7 @@ def _result(trainer: MoETrainer, output: Path, memory: PeakMemory) -> TrainingRe
         tokens=history[-1]["tokens"],
         seconds=history[-1]["seconds"],
         tokens_per_second=statistics.median(speeds),
-        peak_memory_bytes=memory.read(),
-        peak_memory_of=memory.of,
+        peak_memory_bytes=memory.bytes,
         steps=trainer.state.global_step,
         checkpoint=checkpoints(output)[-1],
     )
-
-
-def history_rows(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a step from a Trainer's ``log_history``."""
-    rows: dict[int, dict[str, Any]] = {}
-    for entry in log:
-        if "loss" in entry or "eval_loss" in entry:
-            renamed = {_ROW_NAMES.get(name, name): value for name, value in entry.items()}
-            rows.setdefault(entry["step"], {}).update(renamed)
-    return [rows[step] for step in sorted(rows)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,13 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
 
 from moekit.errors import CheckpointError, DivergedError
 from moekit.training.checkpoints import (
@@ -33,7 +29,9 @@ from moekit.training.clock import StepClock, WallClock
 from moekit.training.decay import decayed_names
 from moekit.training.divergence import LossWatch
 from moekit.training.evaluation import evaluate
+from moekit.training.flow import RoutingFlow
 from moekit.training.order import ShuffledPasses
+from moekit.training.rows import flat_row
 from moekit.training.window import RoutingWindow
 
 
@@ -66,14 +64,13 @@ class MoETrainer(transformers.Trainer):
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         use_cache = model.config.use_cache  # the base class sets it, and checkpoints keep it
         super().__init__(model, *args, **kwargs)
-        assert self.model is not None
-        self.model.config.use_cache = use_cache
-        self.window = RoutingWindow(cast("Any", self.model))
+        model.config.use_cache = use_cache
+        self.window = RoutingWindow(cast("Any", model))
         self.watch = LossWatch(self.args.device, _advice(self.args))
         self.clock = StepClock(self.args.device)
         self.wall = WallClock()
         self._saving = False
-        self.add_callback(_RoutingFlow(self.window, self.watch, self.clock, self.wall))
+        self.add_callback(RoutingFlow(self.window, self.watch, self.clock, self.wall))
 
     # --- data ------------------------------------------------------------------------------------
 
@@ -83,17 +80,14 @@ class MoETrainer(transformers.Trainer):
             return cast("Sampler[int] | None", super()._get_train_sampler(train_dataset))
         total = self.args.max_steps * self.get_total_train_batch_size(self.args)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ShuffledPasses(len(data), total, seed)
+        return ShuffledPasses(len(cast("Any", data)), total, seed)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """As the base class; a step begins with it."""
         self.clock.start()
-        return cast(
-            "tuple[list[Any], Tensor | int | None]",
-            super().get_batch_samples(epoch_iterator, num_batches, device),
-        )
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     # --- loss ------------------------------------------------------------------------------------
 
@@ -143,11 +137,9 @@ class MoETrainer(transformers.Trainer):
             DivergedError: it is not finite.
         """
         self.watch.check()
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.compute_metrics is not None or isinstance(data, dict | str):
-            return cast(
-                "dict[str, float]", super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            )
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         began = time.perf_counter()
         assert self.model is not None
         with self.accelerator.autocast():
@@ -202,7 +194,7 @@ class MoETrainer(transformers.Trainer):
     # --- checkpoints -----------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
-        folder = cast("str", super()._get_output_dir(trial))
+        folder = super()._get_output_dir(trial)
         return str(Path(folder, STAGING)) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -227,7 +219,8 @@ class MoETrainer(transformers.Trainer):
     def _stage(self, model: nn.Module, trial: Any) -> None:
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)
+            with _without_bars():
+                super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
 
@@ -255,7 +248,8 @@ class MoETrainer(transformers.Trainer):
 
     def release(self) -> None:
         """Take off the model what mixed precision put around its ``forward``."""
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        for name in ("forward", "_original_forward"):
+            vars(self.model).pop(name, None)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -282,65 +276,16 @@ class MoETrainer(transformers.Trainer):
             )
 
 
-class _RoutingFlow(TrainerCallback):  # type: ignore[misc]
-    """What happens between the optimiser's step and its log row."""
-
-    def __init__(
-        self, window: RoutingWindow, watch: LossWatch, clock: StepClock, wall: WallClock
-    ) -> None:
-        self.window = window
-        self.watch = watch
-        self.clock = clock
-        self.wall = wall
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        rows = state.log_history
-        self.wall.start(rows[-1].get("seconds", 0.0) if rows else 0.0)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.watch.close_step(state.global_step + 1)
-        self.window.close_step()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        self.clock.stop()
-        if control.should_save:
-            control.should_log = True
-        return control
-
-
-def flat_row(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a log row under flat names, as TensorBoard and W&B want them.
-
-    ``routing/load_violation``, ``routing/SwitchBalance``, ``routing/L1Balance/coefficient``,
-    ``layers/0/entropy``, ``layers/0/load/3`` and so on; what is None is left out.
-    """
-    flat = {name: value for name, value in row.items() if name != "routing"}
-    routing = dict(row.get("routing", {}))
-    layers = routing.pop("layers", [])
-    for name, value in routing.pop("losses", {}).items():
-        flat[f"routing/{name}"] = value
-    for name, value in routing.pop("coefficients", {}).items():
-        flat[f"routing/{name}/coefficient"] = value
-    flat.update({f"routing/{name}": value for name, value in routing.items()})
-    for index, layer in enumerate(layers):
-        flat.update(_flat_layer(f"layers/{index}", layer))
-    return {name: value for name, value in flat.items() if value is not None}
-
-
-def _flat_layer(prefix: str, layer: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in layer.items():
-        if isinstance(value, list):
-            flat.update({f"{prefix}/{name}/{i}": entry for i, entry in enumerate(value)})
-        else:
-            flat[f"{prefix}/{name}"] = value
-    return flat
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep ``save_pretrained`` from drawing a bar for every checkpoint."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _shared_names(model: nn.Module) -> set[str]:
