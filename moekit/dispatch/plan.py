@@ -55,7 +55,7 @@ class Plan:
         tokens, slots = self.weight_NK.shape
         place_R = torch.empty_like(self.assignment_R)
         place_R[self.assignment_R] = torch.arange(len(place_R), device=place_R.device)
-        rows_NKD = rows_RD.index_select(0, place_R).view(tokens, slots, -1)
+        rows_NKD = rows_RD.index_select(0, place_R).unflatten(0, (tokens, slots))
         weight_N1K = self.weight_NK[:, None, :].to(rows_RD.dtype)
         return torch.bmm(weight_N1K, rows_NKD).squeeze(1)
 

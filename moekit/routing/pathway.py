@@ -78,6 +78,17 @@ class PathwayRouter(TopKRouter):
 
     def score(self, logits_NE: Tensor) -> Tensor:
         if self.spec.logit_norm == "std":
-            std_N1 = logits_NE.std(-1, keepdim=True)
-            logits_NE = logits_NE / std_N1.clamp_min(torch.finfo(std_N1.dtype).tiny)
+            logits_NE = logits_NE / _std(logits_NE)
         return super().score(logits_NE)
+
+
+def _std(logits_NE: Tensor) -> Tensor:
+    """Each token's unbiased standard deviation over experts (N, 1); 1 where all logits agree.
+
+    ``Tensor.std`` warns about a batch without tokens, and dividing by next to nothing would send
+    an endless gradient into the hidden states.
+    """
+    centred_NE = logits_NE - logits_NE.mean(-1, keepdim=True)
+    norm_N1 = torch.linalg.vector_norm(centred_NE, dim=-1, keepdim=True)
+    std_N1 = norm_N1 / (logits_NE.shape[1] - 1) ** 0.5
+    return std_N1.masked_fill(std_N1 < torch.finfo(std_N1.dtype).eps, 1.0)

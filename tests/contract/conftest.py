@@ -1,0 +1,41 @@
+"""Fixtures of the contract suite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
+
+
+class ProductCounter:
+    """Rows of each grouped product, seen from outside the layer's own count."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.inside = False
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> ProductCounter:
+    """Counts the rows that enter every kind of grouped product."""
+    counter = ProductCounter()
+
+    def watch(kind: type[RowGroups]) -> None:
+        original = kind.product
+
+        def product(self: RowGroups, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            if counter.inside:  # grouped_mm falling back on the loop
+                return original(self, rows, weight)
+            counter.rows.append(rows.shape[0])
+            counter.inside = True
+            try:
+                return original(self, rows, weight)
+            finally:
+                counter.inside = False
+
+        monkeypatch.setattr(kind, "product", product)
+
+    for kind in (RowGroups, GroupedMM, PaddedGroups):
+        watch(kind)
+    return counter

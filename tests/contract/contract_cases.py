@@ -1,0 +1,222 @@
+"""Representative specs of every registered kind, and what the contract suite builds from them.
+
+A new router, bank, dispatch or loss enters the whole suite with one line here; a test fails for
+as long as the line is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import pkgutil
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import moekit
+from moekit.dispatch import Capacity, DispatchSpec, Dropless
+from moekit.errors import SpecError
+from moekit.experts import (
+    GEGLU,
+    GELU,
+    Bank,
+    Constant,
+    Copy,
+    ExpertsSpec,
+    ReLU,
+    SwiGLU,
+    Zero,
+)
+from moekit.layer import MoE, MoESpec
+from moekit.routing import (
+    Carry,
+    DenseWarmup,
+    Entropy,
+    ExpertChoice,
+    Hash,
+    HeterogeneousBalance,
+    L1Balance,
+    LossSpec,
+    NullAwareBalance,
+    Pathway,
+    ReLURouting,
+    RouterSpec,
+    RouterZ,
+    Signals,
+    SwitchBalance,
+    TopK,
+)
+from moekit.spec import Spec
+
+WIDTH = 8
+EXPERTS = 6
+VOCABULARY = 11
+PREVIOUS = 3
+
+ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
+    "TopK": (
+        TopK(k=2),
+        TopK(k=1, normalize="none"),
+        TopK(k=2, score="sigmoid", groups=2, top_groups=1, bias_rate=1e-3, scale=2.5, bias=True),
+        TopK(k=3, normalize="nonzero", jitter=0.1, noise=True),
+    ),
+    "Pathway": (Pathway(k=2), Pathway(k=2, normalize="none", logit_norm="std")),
+    "DenseWarmup": (DenseWarmup(k=1, warmup_k=3, warmup_steps=5),),
+    "ReLURouting": (ReLURouting(k=2),),
+    "ExpertChoice": (ExpertChoice(capacity=1.5),),
+    "Hash": (Hash(k=2, seed=3),),
+}
+
+MIXED = Bank((SwiGLU(count=3, hidden=8), Constant(1), Copy(1), Zero(1)))
+BANKS: dict[str, tuple[ExpertsSpec, ...]] = {
+    "SwiGLU": (SwiGLU(count=EXPERTS, hidden=8), SwiGLU(count=EXPERTS, hidden=4, bias=True, out=12)),
+    "GEGLU": (GEGLU(count=EXPERTS, hidden=8, bias=True),),
+    "GELU": (GELU(count=EXPERTS, hidden=16),),
+    "ReLU": (ReLU(count=EXPERTS, hidden=8, bias=True),),
+    "Bank": (
+        MIXED,
+        Bank((Zero(1), SwiGLU(count=2, hidden=8), Constant(2), GELU(count=1, hidden=4, bias=True))),
+    ),
+    "Zero": (Bank((SwiGLU(count=4, hidden=8), Zero(2))),),
+    "Copy": (Bank((Copy(2), ReLU(count=4, hidden=8))),),
+    "Constant": (Bank((SwiGLU(count=4, hidden=8, bias=True), Constant(2))),),
+}
+
+PADDED = Capacity(factor=1.0, eval_factor=1.0, priority="position", pad=True)
+DISPATCHES: dict[str, tuple[DispatchSpec, ...]] = {
+    "Dropless": (Dropless(), Dropless(backend="loop")),
+    "Capacity": (
+        Capacity(factor=1.0, eval_factor=1.0),
+        Capacity(factor=0.7, eval_factor=0.7, priority="score", tau=0.5),
+        PADDED,
+    ),
+}
+
+LOSSES: dict[str, tuple[LossSpec, ...]] = {
+    "SwitchBalance": (SwitchBalance(), SwitchBalance(divide_by_k=True, scope="global")),
+    "NullAwareBalance": (NullAwareBalance(), NullAwareBalance(weight=0.02, then=((3, 1e-4),))),
+    "HeterogeneousBalance": (HeterogeneousBalance(tau=0.5),),
+    "RouterZ": (RouterZ(), RouterZ(scope="global")),
+    "Entropy": (Entropy(of="token"), Entropy(of="marginal")),
+    "L1Balance": (L1Balance(k=2), L1Balance(k=2, balanced=False)),
+}
+
+FAMILIES: dict[type[Spec], dict[str, tuple[Spec, ...]]] = {
+    RouterSpec: dict(ROUTERS),
+    ExpertsSpec: dict(BANKS),
+    DispatchSpec: dict(DISPATCHES),
+    LossSpec: dict(LOSSES),
+}
+
+
+def registered(family: type[Spec]) -> set[str]:
+    """The kinds of a family that the package itself defines."""
+    for package in (moekit.routing, moekit.experts, moekit.dispatch):
+        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            importlib.import_module(module.name)
+    return {
+        name for name, kind in family.kinds().items() if kind.__module__.split(".")[0] == "moekit"
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer of the cross product."""
+
+    router: RouterSpec
+    experts: ExpertsSpec
+    dispatch: DispatchSpec = Dropless()
+
+    @property
+    def spec(self) -> MoESpec:
+        return MoESpec(self.router, self.experts, self.dispatch)
+
+    def layer(self, dtype: torch.dtype = torch.float32, seed: int = 0, width: int = WIDTH) -> MoE:
+        """The layer in training mode, with parameters large enough to tell errors apart."""
+        layer = self.spec.build(width, previous=PREVIOUS, vocabulary=VOCABULARY)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+        return layer.to(dtype)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a call is given."""
+
+    x_ND: Tensor
+    signals: Signals
+    carry: Carry
+
+    @classmethod
+    def make(
+        cls, tokens: int, dtype: torch.dtype = torch.float32, seed: int = 1, width: int = WIDTH
+    ) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        ids_N = torch.randint(VOCABULARY, (tokens,), generator=generator)
+        logits_NE = torch.randn(tokens, PREVIOUS, generator=generator)
+        x_ND = torch.randn(tokens, width, generator=generator)
+        if dtype == torch.float64:
+            logits_NE = logits_NE.double()
+        return cls(x_ND.to(dtype), Signals(token_id_N=ids_N), Carry(logits_NE=logits_NE))
+
+    def rows(self, index: Tensor) -> Inputs:
+        """The inputs of some rows, in the order of ``index``."""
+        assert self.signals.token_id_N is not None
+        assert self.carry.logits_NE is not None
+        return Inputs(
+            self.x_ND[index],
+            self.signals.replace(token_id_N=self.signals.token_id_N[index]),
+            Carry(logits_NE=self.carry.logits_NE[index]),
+        )
+
+    def with_x(self, x_ND: Tensor) -> Inputs:
+        return dataclasses.replace(self, x_ND=x_ND)
+
+
+def label(spec: Spec) -> str:
+    """A short name for a test id: the kind and the fields that differ from the defaults."""
+    parts = []
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if isinstance(value, tuple) and value and isinstance(value[0], Spec):
+            parts.append("+".join(label(item) for item in value))
+        elif value != field.default:
+            parts.append(f"{field.name}={value}")
+    return f"{type(spec).__name__}({','.join(parts)})"
+
+
+def _cases() -> list[Case]:
+    """All kinds with each other by their first spec, then each further spec with some partners."""
+    first = [[specs[0] for specs in family.values()] for family in (ROUTERS, BANKS, DISPATCHES)]
+    others = [
+        [spec for specs in family.values() for spec in specs[1:]]
+        for family in (ROUTERS, BANKS, DISPATCHES)
+    ]
+    few = [[TopK(k=2), ReLURouting(k=2)], [first[1][0], MIXED], [Dropless(), PADDED]]
+    chosen = itertools.chain(
+        itertools.product(*first),
+        itertools.product(others[0], few[1], few[2]),
+        itertools.product(few[0], others[1], few[2]),
+        itertools.product(few[0], first[1], others[2]),
+    )
+    cases = (Case(*specs) for specs in dict.fromkeys(chosen))
+    return [case for case in cases if not refused(case)]
+
+
+def refused(case: Case) -> bool:
+    """Whether the layer refuses its parts; test_registry.py says which pairs those are."""
+    try:
+        return case.spec is None
+    except SpecError:
+        return True
+
+
+CASES = _cases()
+
+
+def name(case: Case) -> str:
+    return "-".join(label(spec) for spec in (case.router, case.experts, case.dispatch))

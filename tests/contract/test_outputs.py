@@ -1,0 +1,170 @@
+"""Shapes, values and gradients of every router with every bank and dispatch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract_cases import CASES, Case, Inputs, name
+from contract_oracle import dense_output, relative_error
+from torch import Tensor
+
+from moekit.dispatch import Dispatched, Dropless
+from moekit.layer import MoE
+from moekit.routing import Routing
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=name)
+
+
+def run(layer: MoE, inputs: Inputs) -> Dispatched:
+    """The layer's own steps, so that the routing after the capacity limit can be seen."""
+    signals = inputs.signals.replace(
+        previous_logits_NE=inputs.carry.logits_NE, experts=layer.experts
+    )
+    routing = layer.router(inputs.x_ND, signals)
+    return layer.dispatch(inputs.x_ND, routing, layer.experts)
+
+
+def gradients(layer: MoE, x_ND: Tensor, y: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
+    """The gradients of ``Σ cotangent · y``, by name."""
+    leaves = {"x": x_ND, **dict(layer.named_parameters())}
+    found = torch.autograd.grad(
+        (y.double() * cotangent).sum(), list(leaves.values()), allow_unused=True, retain_graph=True
+    )
+    zero = {n: torch.zeros_like(leaf) for n, leaf in leaves.items()}
+    return {n: zero[n] if g is None else g for n, g in zip(leaves, found, strict=True)}
+
+
+@EVERY_CASE
+def test_shapes_and_ranges(case: Case) -> None:
+    layer, inputs = case.layer(), Inputs.make(12)
+    x_BTD = inputs.x_ND.view(3, 4, -1)
+    out = layer(x_BTD, inputs.signals, inputs.carry)
+    routing: Routing = out.routing
+    assert out.y.shape == (3, 4, case.experts.out_width(8))
+    assert out.y.dtype == x_BTD.dtype
+    assert routing.expert_NK.shape == routing.weight_NK.shape
+    assert routing.expert_NK.dtype == torch.int64
+    assert routing.experts == len(case.experts.expert_kinds())
+    assert out.rows_E.shape == (layer.experts.dispatched,)
+    assert out.dropped.shape == ()
+    used = routing.used_NK
+    assert bool((routing.expert_NK >= -1).all())
+    assert bool((routing.expert_NK < routing.experts).all())
+    assert bool((routing.weight_NK[~used] == 0).all())
+    assert bool((routing.weight_NK >= 0).all())
+    assert bool(torch.isfinite(out.y).all())
+    for row, mask in zip(routing.expert_NK.tolist(), used.tolist(), strict=True):
+        chosen = [e for e, u in zip(row, mask, strict=True) if u]
+        assert len(chosen) == len(set(chosen))
+    if case.router.scores == "nothing":
+        assert routing.scores_NE is None
+    else:
+        assert routing.logits_NE is not None
+        assert routing.scores_NE is not None
+        assert routing.scores_NE.shape == (12, routing.experts)
+        assert bool((routing.scores_NE >= 0).all())
+    if case.router.scores == "probabilities":
+        torch.testing.assert_close(routing.scores_NE.sum(-1), torch.ones(12))
+    assert routing.full == bool(case.router.fixed_k)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+@EVERY_CASE
+def test_equals_the_dense_oracle(case: Case, dtype: torch.dtype) -> None:
+    layer, inputs = case.layer(dtype, seed=5), Inputs.make(11, dtype, seed=6)
+    x_ND = inputs.x_ND.requires_grad_()
+    done = run(layer, inputs)
+    wanted = dense_output(layer.experts, x_ND, done.routing)
+    assert done.y_ND.dtype == dtype
+    assert relative_error(done.y_ND, wanted) < TOLERANCE[dtype]
+    cotangent = torch.randn(wanted.shape, dtype=torch.float64)
+    ours = gradients(layer, x_ND, done.y_ND, cotangent)
+    theirs = gradients(layer, x_ND, wanted, cotangent)
+    for leaf, gradient in theirs.items():
+        assert relative_error(ours[leaf], gradient) < TOLERANCE[dtype], leaf
+
+
+@EVERY_CASE
+def test_gradients_equal_finite_differences(case: Case) -> None:
+    layer, inputs = case.layer(torch.float64, seed=2), Inputs.make(5, torch.float64, seed=3)
+    names = [n for n, _ in layer.named_parameters()]
+
+    def output(x_ND: Tensor, logits_NE: Tensor, *values: Tensor) -> Tensor:
+        torch.manual_seed(0)  # the same jitter and noise at every evaluation
+        carry = inputs.carry.replace(logits_NE=logits_NE)
+        given = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(layer, given, (x_ND, inputs.signals, carry)).y
+
+    leaves = [inputs.x_ND, inputs.carry.logits_NE, *(p.detach() for p in layer.parameters())]
+    assert torch.autograd.gradcheck(
+        output, [leaf.clone().requires_grad_() for leaf in leaves], fast_mode=True
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if isinstance(c.dispatch, Dropless) and c.dispatch.backend == "loop"],
+    ids=name,
+)
+def test_backends_agree_to_the_last_bits(case: Case) -> None:
+    layer, inputs = case.layer(), Inputs.make(13)
+    other = Case(case.router, case.experts, Dropless()).layer()
+    torch.manual_seed(1)
+    loop = layer(inputs.x_ND, inputs.signals, inputs.carry).y
+    torch.manual_seed(1)
+    grouped = other(inputs.x_ND, inputs.signals, inputs.carry).y
+    torch.testing.assert_close(grouped, loop, rtol=1e-5, atol=1e-6)
+
+
+@EVERY_CASE
+def test_every_parameter_gets_a_gradient(case: Case) -> None:
+    layer, inputs = case.layer(), Inputs.make(7)
+    layer(inputs.x_ND, inputs.signals, inputs.carry).y.sum().backward()
+    missing = [n for n, p in layer.named_parameters() if p.grad is None]
+    assert missing == []
+    assert all(bool(torch.isfinite(p.grad).all()) for p in layer.parameters())
+
+
+@EVERY_CASE
+def test_rows_are_those_that_reach_a_product(case: Case, products) -> None:
+    layer, inputs = case.layer(), Inputs.make(10)
+    done = run(layer, inputs)
+    kinds = case.experts.expert_kinds()
+    working = [e for e, kind in enumerate(kinds) if kind == "feed_forward"]
+    sent = [int((done.routing.expert_NK == e).sum()) for e in working]
+    if getattr(case.dispatch, "pad", False):  # a slow ⌈N K / E⌉: padding is counted too
+        slots = done.routing.expert_NK.shape[1]
+        sent = [-(-10 * slots // len(kinds))] * len(working)
+    assert done.rows_E.tolist() == sent
+    # Two products a feed-forward bank: up, then down. Their rows add up to twice the count.
+    assert sum(products.rows) == 2 * sum(sent)
+
+
+@EVERY_CASE
+def test_same_seed_same_bits(case: Case) -> None:
+    def once() -> list[Tensor]:
+        torch.manual_seed(4)
+        layer, inputs = case.layer(), Inputs.make(9)
+        out = layer(inputs.x_ND, inputs.signals, inputs.carry)
+        out.y.square().sum().backward()
+        return [out.y, *(p.grad for p in layer.parameters())]
+
+    for first, second in zip(once(), once(), strict=True):
+        assert torch.equal(first, second)
+
+
+@EVERY_CASE
+def test_state_dict_round_trip(case: Case) -> None:
+    layer, inputs = case.layer(seed=7).eval(), Inputs.make(6)
+    other = case.layer(seed=8).eval()
+    other.load_state_dict(layer.state_dict(), strict=True)
+    ours = layer(inputs.x_ND, inputs.signals, inputs.carry).y
+    assert torch.equal(other(inputs.x_ND, inputs.signals, inputs.carry).y, ours)
+
+
+@EVERY_CASE
+def test_counts_its_parameters(case: Case) -> None:
+    layer = case.layer()
+    counted = sum(case.experts.parameters_E(8))
+    assert counted == sum(p.numel() for p in layer.experts.parameters())

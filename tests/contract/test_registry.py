@@ -1,0 +1,86 @@
+"""Every registered kind takes part in the contract suite; specs survive JSON."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from contract_cases import (
+    CASES,
+    DISPATCHES,
+    FAMILIES,
+    LOSSES,
+    MIXED,
+    ROUTERS,
+    Case,
+    label,
+    name,
+    registered,
+)
+
+from moekit.dispatch import Capacity
+from moekit.errors import SpecError
+from moekit.layer import MoESpec
+from moekit.routing import ExpertChoice, LossSpec, ReLURouting, TopK
+from moekit.spec import Spec
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_every_registered_kind_has_a_case(family: type[Spec]) -> None:
+    assert set(FAMILIES[family]) == registered(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_cases_stand_under_their_own_kind(family: type[Spec]) -> None:
+    for kind, specs in FAMILIES[family].items():
+        assert specs
+        for spec in specs:
+            assert kind in {type(part).__name__ for part in (spec, *getattr(spec, "parts", ()))}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [spec for family in FAMILIES.values() for specs in family.values() for spec in specs],
+    ids=label,
+)
+def test_a_spec_survives_json(spec: Spec) -> None:
+    family = next(f for f in FAMILIES if isinstance(spec, f))
+    again = family.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert again == spec
+    assert hash(again) == hash(spec)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_a_layer_spec_survives_json(case) -> None:
+    spec = case.spec
+    assert MoESpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_the_only_refused_pairs_are_capacity_with_a_free_number_of_experts() -> None:
+    pairs = itertools.product(
+        itertools.chain(*ROUTERS.values()), itertools.chain(*DISPATCHES.values())
+    )
+    for router, dispatch in pairs:
+        case = Case(router, MIXED, dispatch)
+        if isinstance(router, ReLURouting | ExpertChoice) and isinstance(dispatch, Capacity):
+            with pytest.raises(SpecError, match="use Dropless"):
+                _ = case.spec
+        else:
+            assert case.spec.router == router
+
+
+@pytest.mark.parametrize("loss", list(itertools.chain(*LOSSES.values())), ids=label)
+def test_a_loss_says_which_routers_it_serves(loss: LossSpec) -> None:
+    kinds = ("feed_forward",) * 4 + ("zero",)
+    for router in itertools.chain(*ROUTERS.values()):
+        if router.scores in loss.needs:
+            loss.check_layer(router, kinds)
+        else:
+            with pytest.raises(SpecError, match="it works on"):
+                loss.check_layer(router, kinds)
+
+
+def test_a_capacity_default_drops_nothing_in_evaluation() -> None:
+    layer = MoESpec(TopK(k=2), CASES[0].experts, Capacity(factor=0.1)).build(8).eval()
+    assert layer.dispatch.factor is None
