@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+import transformers
 import typer
 
 import moekit
@@ -52,6 +53,7 @@ def build() -> typer.Typer:
 
 def main() -> None:
     """Run the command; a user's mistake ends with one sentence and exit code 2."""
+    transformers.utils.logging.disable_progress_bar()  # the commands have their own
     try:
         build()()
     except MoekitError as error:

@@ -65,7 +65,9 @@ def reproduce_command(
     """
     system = find(name)
     if system.experiment is None:
-        raise SpecError(f"{name} has no experiment; those that have one: {', '.join(_reproducible())}")
+        raise SpecError(
+            f"{name} has no experiment; those that have one: {', '.join(_reproducible())}"
+        )
     folder = output or Path("moekit-reproduce") / (f"{name}-quick" if quick else name)
     opt.require_writable(folder)
     with StudyBars(quiet=quiet) as bars:

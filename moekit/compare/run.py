@@ -183,9 +183,9 @@ def _training_flops(
     ``flops`` were counted at ``rows`` product rows a token and layer; training may have computed
     more, as ReMoE does while its gates are dense, so the difference in logged rows is added.
     """
-    logged = [row["routing"]["rows_per_token"] for row in result.history if row.get("routing")]
-    if not logged:
+    if not model.moe_layers:
         return 3 * flops * result.tokens
+    logged = [row["routing"]["rows_per_token"] for row in result.history if "routing" in row]
     a_row = [2 * _matrix_parameters(layer) for layer in model.moe_layers]
     extra = (statistics.fmean(logged) - statistics.fmean(rows)) * sum(a_row)
     return 3 * (flops + extra) * result.tokens
