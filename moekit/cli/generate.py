@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import moekit.models.language  # noqa: F401  (registers our checkpoints with transformers)
 from moekit.cli import options as opt
+from moekit.compare.record import write_text
 from moekit.data import load_tokenizer
 from moekit.errors import CheckpointError, SpecError
 
@@ -49,7 +51,7 @@ def generate_command(
     _check(tokens, temperature, top_p, beams, samples)
     text = _prompt(prompt, prompt_file)
     tokenizer = load_tokenizer(checkpoint)
-    model = load_model(checkpoint).to(where).eval()
+    model: Any = nn.Module.to(load_model(checkpoint), where)
     ids_1T = _prompt_ids(tokenizer, text).to(where)
     torch.manual_seed(seed)
     sampling = temperature > 0
@@ -66,14 +68,14 @@ def generate_command(
         **choice,
     )
     start = ids_1T.shape[1]
-    found = [tokenizer.decode(row[start:], skip_special_tokens=True) for row in out_ST]
+    found = [str(tokenizer.decode(row[start:], skip_special_tokens=True)) for row in out_ST]
     _deliver(text, found, output, as_json)
 
 
 generate_command.__doc__ = f"{generate_command.__doc__}\n\n{EXAMPLES}"
 
 
-def load_model(checkpoint: str):  # type: ignore[no-untyped-def]
+def load_model(checkpoint: str) -> PreTrainedModel:
     """A causal language model, moekit's or any of transformers, without running its code.
 
     Raises:
@@ -124,7 +126,7 @@ def _prompt(prompt: str, prompt_file: Path | None) -> str:
         raise SpecError(f"{prompt_file} cannot be read as text: {error}") from None
 
 
-def _prompt_ids(tokenizer, text: str) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """The prompt's ids (1, T); an empty prompt starts from the tokenizer's start of text."""
     if text:
         return tokenizer(text, return_tensors="pt").input_ids
@@ -142,7 +144,5 @@ def _deliver(prompt: str, found: list[str], output: Path | None, as_json: bool) 
     if output is None:
         typer.echo(text)
     else:
-        from moekit.compare.record import write_text
-
         write_text(output, text + "\n")
         typer.echo(f"Written to {output}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import transformers
 import typer
+from transformers.utils.logging import disable_progress_bar
 
 import moekit
 from moekit.cli.compare import compare_command
@@ -53,7 +53,7 @@ def build() -> typer.Typer:
 
 def main() -> None:
     """Run the command; a user's mistake ends with one sentence and exit code 2."""
-    transformers.utils.logging.disable_progress_bar()  # the commands have their own
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # the commands have their own
     try:
         build()()
     except MoekitError as error:

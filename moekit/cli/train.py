@@ -12,7 +12,7 @@ from rich.console import Console
 
 from moekit.cli import options as opt
 from moekit.cli.progress import StudyBars
-from moekit.compare.run import build_model, save_model
+from moekit.compare.run import build_model, on_device, save_model
 from moekit.data import prepare
 from moekit.systems import Shape
 from moekit.training import RichProgress, SilentProgress, train
@@ -80,7 +80,7 @@ def train_command(
         prepared = prepare(text, progress=bars.preparing())
     model = build_model(chosen, opt.model_spec(width, depth, heads, kv_heads), prepared, seed)
     result = train(
-        model.to(where),
+        on_device(model, where),
         prepared,
         training,
         output / "training",

@@ -36,7 +36,14 @@ def small_model_study(
         designs=tuple(designs),
         seeds=tuple(range(seed, seed + seeds)),
         model=SMALL_MODEL,
-        training=TrainingSpec(steps=steps, batch_size=8, learning_rate=3e-3, log_every=5),
+        training=TrainingSpec(
+            steps=steps,
+            batch_size=8,
+            learning_rate=3e-3,
+            log_every=5,
+            eval_every=max(1, steps // 10),
+            eval_batches=8,
+        ),
         text=SMALL_TEXT,
         match=match,
     )

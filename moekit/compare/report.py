@@ -93,7 +93,7 @@ def _report(study: Study, summaries: Sequence[DesignSummary], sentences: Sequenc
     styles = series_styles([summary.design for summary in summaries])
     sections = [
         Section("Verdict", [Callout(sentences[0]), *(Text(s) for s in sentences[1:])]),
-        Section("Results", [_table(summaries), Text(*_READING)]),
+        Section("Results", [_quality(summaries), _cost(summaries), Text(*_READING)]),
         Section("Training", _curves(study, styles)),
         Section("Quality and cost", [_frontier(summaries, styles)]),
         *routing_sections(study, styles),
@@ -121,7 +121,7 @@ _READING = (
 )
 
 
-def _table(summaries: Sequence[DesignSummary]) -> Table:
+def _quality(summaries: Sequence[DesignSummary]) -> Table:
     columns = (
         Column("design"),
         Column("validation loss", "nats/token", ".4f", "low"),
@@ -131,6 +131,26 @@ def _table(summaries: Sequence[DesignSummary]) -> Table:
         Column("parameters", "million", ".2f"),
         Column("active", "million", ".2f"),
         Column("operations", "MFLOP/token", ".2f", "low"),
+    )
+    rows: list[list[Cell]] = [
+        [
+            _name(summary),
+            summary.loss.mean,
+            summary.loss.deviation,
+            summary.perplexity.mean,
+            summary.bits_per_byte.mean,
+            summary.total_parameters / 1e6,
+            summary.active_parameters / 1e6,
+            summary.flops_per_token / 1e6,
+        ]
+        for summary in summaries
+    ]
+    return Table(columns, rows, "Quality and size, means over seeds.")
+
+
+def _cost(summaries: Sequence[DesignSummary]) -> Table:
+    columns = (
+        Column("design"),
         Column("training", "tokens/s", ",.0f", "high"),
         Column("expert phase", "µs/token", ".2f", "low"),
         Column("rows", "a token and layer", ".2f"),
@@ -138,20 +158,18 @@ def _table(summaries: Sequence[DesignSummary]) -> Table:
         Column("load", "max/mean", ".2f", "low"),
         Column("memory", "MiB", ",.0f", "low"),
     )
-    return Table(columns, [_cells(summary) for summary in summaries], "Means over seeds.")
+    rows = [_cost_cells(summary) for summary in summaries]
+    return Table(columns, rows, "Measured cost and routing, means over seeds.")
 
 
-def _cells(summary: DesignSummary) -> list[Cell]:
+def _name(summary: DesignSummary) -> str:
+    return summary.design if summary.causal else f"{summary.design} (not causal)"
+
+
+def _cost_cells(summary: DesignSummary) -> list[Cell]:
     phase = summary.phase
     return [
-        summary.design if summary.causal else f"{summary.design} (not causal)",
-        summary.loss.mean,
-        summary.loss.deviation,
-        summary.perplexity.mean,
-        summary.bits_per_byte.mean,
-        summary.total_parameters / 1e6,
-        summary.active_parameters / 1e6,
-        summary.flops_per_token / 1e6,
+        _name(summary),
         summary.tokens_per_second,
         None if phase is None else phase.seconds_per_token * 1e6,
         None if phase is None or phase.rows_per_token == 0 else phase.rows_per_token,
@@ -168,9 +186,9 @@ def _curves(study: Study, styles: Styles) -> list[Block]:
             for design in study.spec.designs
         }
 
-    tokens = against(lambda record, row: row["tokens"])
+    tokens = against(lambda _, row: row["tokens"])
     flops = against(lambda record, row: record.training_flops * row["tokens"] / record.tokens)
-    seconds = against(lambda record, row: row["seconds"])
+    seconds = against(lambda _, row: row["seconds"])
     return [
         Plot(loss_against_tokens(tokens, styles), "Validation loss against training tokens."),
         Plot(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from moekit.compare.design import Design, ModelSpec
 from moekit.compare.record import RunRecord, write_json
@@ -110,7 +111,7 @@ def run_design(
     report_to: Sequence[str] = (),
 ) -> RunRecord:
     """Train one design with one seed, measure it, save it, and return its record."""
-    model = build_model(design, model_spec, data, training.seed).to(device)
+    model = on_device(build_model(design, model_spec, data, training.seed), device)
     result = train(
         model,
         data,
@@ -130,12 +131,19 @@ def measure_phases(
     places: Mapping[str, RunPlace], dataset: PackedDataset, batch_size: int, device: str
 ) -> dict[str, ExpertPhaseResult]:
     """Time the expert phase of trained models on the same batches, in one interleaved run."""
-    models = {
-        name: MoEDecoderForCausalLM.from_pretrained(place.model).to(device).eval()
-        for name, place in places.items()
-    }
+    models = {name: load_trained(place, device) for name, place in places.items()}
     batches = evaluation_batches(dataset, batch_size, torch.device(device))
     return compare_expert_phase(models, batches, repeats=PHASE_REPEATS)
+
+
+def load_trained(place: RunPlace, device: str) -> MoEDecoderForCausalLM:
+    """The trained model of a finished run, in evaluation mode."""
+    return on_device(MoEDecoderForCausalLM.from_pretrained(place.model), device)
+
+
+def on_device(model: MoEDecoderForCausalLM, device: str) -> MoEDecoderForCausalLM:
+    """The model on a device, in evaluation mode; transformers' own methods have no types."""
+    return nn.Module.eval(nn.Module.to(model, device))
 
 
 def evaluation_batches(

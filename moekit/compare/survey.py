@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moekit.data import TextData
@@ -33,7 +33,7 @@ class Survey:
 @torch.no_grad()
 def survey(model: MoEDecoderForCausalLM, data: TextData, batch_size: int) -> Survey:
     """Run the validation split once in evaluation mode."""
-    model.eval()
+    nn.Module.eval(model)
     dataset, groups = data.validation, len(data.groups)
     sums_G = torch.zeros(groups + 1, dtype=torch.float64)
     counts_G = torch.zeros(groups + 1, dtype=torch.float64)

@@ -64,7 +64,7 @@ class Hub:
             raise self._refusal(error) from error
 
     def _splits(self) -> Mapping[str, Iterable[Mapping[str, Any]]]:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
 
         found: Mapping[str, Iterable[Mapping[str, Any]]] = datasets.load_dataset(
             self._name, self._config, streaming=True

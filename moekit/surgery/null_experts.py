@@ -37,7 +37,7 @@ def add_null_experts(
     specs = [_grafted(spec, count, k, loss) for spec in model.config.layer_specs]
     settings = model.config.to_dict() | {"layers": [spec.to_dict() for spec in specs]}
     grown = MoEDecoderForCausalLM(MoEDecoderConfig.from_dict(settings))
-    grown.to(device=model.device, dtype=model.dtype)
+    grown.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
     state = _renamed(model.state_dict(), grown.state_dict())
     generator = torch.Generator().manual_seed(seed)
     for name in [n for n in state if n.endswith("mlp.router.weight")]:

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 
 from moekit.compare.budgets import SMALL_MODEL, SMALL_TEXT
-from moekit.compare.run import RunPlace, evaluation_batches, run_design, save_model
+from moekit.compare.run import (
+    RunPlace,
+    evaluation_batches,
+    load_trained,
+    run_design,
+    save_model,
+)
 from moekit.compare.summary import Spread
 from moekit.compare.survey import Survey, survey
 from moekit.data import TextData, prepare
@@ -108,7 +114,7 @@ def _one_seed(
         source=str(library / "pydoc_data" / "topics.py"), tokenizer=str(place.model)
     )
     data = prepare(manual, progress=lab.progress.preparing())
-    base = MoEDecoderForCausalLM.from_pretrained(place.model).to(lab.device)
+    base = load_trained(place, lab.device)
     loss = NullAwareBalance(weight=0.02, then=((tuning // 2, 1e-4),))
     tuned = {
         "top-2": base,
@@ -126,10 +132,10 @@ def _one_seed(
 def _arms(models: dict[str, MoEDecoderForCausalLM], data: TextData) -> dict[str, _Arm]:
     batches = evaluation_batches(data.validation, 8, models["top-2"].device)
     found = {name: survey(model, data, 8) for name, model in models.items()}
-    phases = compare_expert_phase({n: m.eval() for n, m in models.items()}, batches, repeats=7)
+    phases = compare_expert_phase(models, batches, repeats=7)
     arms = {name: _Arm(found[name], phases[name]) for name in models}
     cut = _cut(models["top-2"], arms["adamoe"].load)
-    phase = compare_expert_phase({"cut": cut.eval()}, batches, repeats=7)["cut"]
+    phase = compare_expert_phase({"cut": cut}, batches, repeats=7)["cut"]
     return {**arms, NAMES[2]: _Arm(survey(cut, data, 8), phase)}
 
 
