@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.compare.record import RunRecord, write_csv, write_json
-from moekit.compare.report_routing import group_section, routing_sections
+from moekit.compare.report_routing import controller_section, group_section, routed_models
 from moekit.compare.study import Study
 from moekit.compare.summary import DesignSummary, summarise
 from moekit.compare.verdict import verdict
@@ -33,6 +33,7 @@ from moekit.measure.report import (
     loss_against_flops,
     loss_against_time,
     loss_against_tokens,
+    routing_sections,
     series_styles,
 )
 
@@ -96,7 +97,8 @@ def _report(study: Study, summaries: Sequence[DesignSummary], sentences: Sequenc
         Section("Results", [_quality(summaries), _cost(summaries), Text(*_READING)]),
         Section("Training", _curves(study, styles)),
         Section("Quality and cost", [_frontier(summaries, styles)]),
-        *routing_sections(study, styles),
+        *routing_sections(routed_models(study), styles),
+        *controller_section(study, styles),
         *group_section(study),
         Section("Setting", _setting(study)),
     ]

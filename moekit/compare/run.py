@@ -29,6 +29,7 @@ from moekit.measure import (
     parameter_counts,
     token_routing,
 )
+from moekit.measure.report import plain_routing
 from moekit.models.language import MoEDecoderForCausalLM
 from moekit.training import ProgressReporter, TrainingResult, TrainingSpec, train
 
@@ -219,9 +220,7 @@ def _token_report(
         batch_size=training.batch_size,
         max_batches=TOKEN_BATCHES,
     )
-    fields = ("types", "histogram", "frequency_correlation", "experts", "groups")
-    plain = {name: getattr(found, name) for name in fields}
-    return json.loads(json.dumps(plain, default=dataclasses.asdict))
+    return plain_routing(found)
 
 
 def _batch(dataset: PackedDataset, start: int, size: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ from moekit.measure.report.curves import (
     sparsity_and_penalty,
 )
 from moekit.measure.report.page import Report
+from moekit.measure.report.routing import RoutedModel, plain_routing, routing_sections
 from moekit.measure.report.style import SeriesStyle, Styles, series_styles
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "FrontierPoint",
     "Plot",
     "Report",
+    "RoutedModel",
     "Section",
     "SeriesStyle",
     "Styles",
@@ -60,6 +62,8 @@ __all__ = [
     "loss_against_tokens",
     "loss_curves",
     "pareto_front",
+    "plain_routing",
+    "routing_sections",
     "series_styles",
     "sparsity_and_penalty",
 ]

@@ -1,0 +1,170 @@
+"""``moekit inspect``: what a checkpoint is, and what its routers do with a text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from moekit.cli import options as opt
+from moekit.cli.generate import load_model
+from moekit.cli.progress import StudyBars
+from moekit.compare.record import write_json
+from moekit.data import prepare
+from moekit.measure import CheckpointStructure, TokenRouting, inspect_checkpoint, token_routing
+from moekit.measure.report import (
+    Code,
+    Facts,
+    Report,
+    RoutedModel,
+    Section,
+    plain_routing,
+    routing_sections,
+    series_styles,
+)
+
+EXAMPLES = """
+Examples:
+
+  moekit inspect runs/moepp/model
+
+  moekit inspect my/olmoe --data my/texts --output runs/olmoe-routing
+
+  moekit inspect allenai/OLMoE-1B-7B-0924 --json
+"""
+
+
+def inspect_command(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub name of any MoE checkpoint.")],
+    data: Annotated[
+        str | None, typer.Option(help="Text to route: adds routing statistics and a report.")
+    ] = None,
+    text_column: opt.TextColumn = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    batches: Annotated[int, typer.Option(help="Batches of 8 sequences to route at most.")] = 32,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the report and the raw results, with --data.")
+    ] = Path("moekit-inspect"),
+    seed: opt.Seed = 0,
+    device: opt.Device = "auto",
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Show a checkpoint's structure and its parameters by part, without loading its weights.
+
+    Works on moekit's checkpoints and on every MoE model of transformers. With --data, the model is
+    loaded and run on the text, and its routing is reported: load of each expert, experts a token,
+    and which tokens each expert takes.
+    """
+    structure = inspect_checkpoint(checkpoint)
+    found = None
+    if data is not None:
+        opt.require_writable(output)
+        spec = opt.text_spec(data, text_column, checkpoint, 4096, sequence_length)
+        with StudyBars(quiet=quiet) as bars:
+            text = prepare(spec.replace(seed=seed), progress=bars.preparing())
+        model = nn.Module.to(load_model(checkpoint), opt.device_of(device))
+        found = token_routing(model, text.train, text.tokenizer, text.groups, max_batches=batches)
+        _write(structure, found, output)
+    if as_json:
+        typer.echo(json.dumps(_plain(structure, found), indent=1, ensure_ascii=False))
+        return
+    _show(structure)
+    if found is not None:
+        _show_routing(found)
+        typer.echo(f"Report: {output / 'report.html'}")
+
+
+inspect_command.__doc__ = f"{inspect_command.__doc__}\n\n{EXAMPLES}"
+
+
+def _plain(structure: CheckpointStructure, found: TokenRouting | None) -> dict[str, Any]:
+    plain: dict[str, Any] = {"structure": dataclasses.asdict(structure)}
+    if found is not None:
+        plain["routing"] = found.statistics.summary() | plain_routing(found)
+    return plain
+
+
+def _write(structure: CheckpointStructure, found: TokenRouting, output: Path) -> None:
+    write_json(output / "inspection.json", _plain(structure, found))
+    model = RoutedModel(structure.name, found.statistics.summary()["layers"], plain_routing(found))
+    facts = [
+        ("architecture", structure.architecture),
+        ("layers", str(structure.layers)),
+        ("MoE layers", str(len(structure.moe_layers))),
+        ("parameters", f"{structure.total / 1e6:,.2f} million"),
+        ("active a token", f"{structure.active / 1e6:,.2f} million"),
+    ]
+    parts = json.dumps(structure.parameters, indent=1)
+    sections = [
+        Section("Structure", [Facts(facts), Code(parts)]),
+        *routing_sections([model], series_styles([model.name])),
+    ]
+    Report(f"Routing of {structure.name}", sections).write(output / "report.html")
+
+
+def _show(structure: CheckpointStructure) -> None:
+    console = Console(highlight=False)
+    console.print(
+        f"{structure.name}: {structure.architecture}, {structure.layers} layers of width "
+        f"{structure.hidden_size}, vocabulary {structure.vocabulary:,}",
+        markup=False,
+    )
+    console.print(
+        f"{structure.total:,} parameters, {structure.active:,} active a token; "
+        f"{structure.stored_bytes / 2**20:,.1f} MiB stored as "
+        + ", ".join(sorted(structure.stored_dtypes)),
+        markup=False,
+    )
+    console.print(_parts(structure))
+    if structure.moe_layers:
+        console.print(_layers(structure))
+    else:
+        console.print("No MoE layers.")
+
+
+def _parts(structure: CheckpointStructure) -> Table:
+    table = Table("part", title="Parameters by part")
+    table.add_column("parameters", justify="right")
+    table.add_column("share", justify="right")
+    for part, count in structure.parameters.items():
+        if count:
+            table.add_row(part, f"{count:,}", f"{count / structure.total:.1%}")
+    return table
+
+
+def _layers(structure: CheckpointStructure) -> Table:
+    table = Table("MoE layer", title="MoE layers")
+    for name in ("experts", "experts a token", "parameters an expert", "shared parameters"):
+        table.add_column(name, justify="right")
+    for layer in structure.moe_layers:
+        table.add_row(
+            layer.name,
+            str(layer.experts),
+            f"{layer.top_k:g}",
+            f"{layer.expert_parameters:,.0f}",
+            f"{layer.shared_parameters:,}",
+        )
+    return table
+
+
+def _show_routing(found: TokenRouting) -> None:
+    table = Table("MoE layer", title="Routing")
+    for name in ("max/mean load", "unused experts", "entropy (nats)", "experts a token"):
+        table.add_column(name, justify="right")
+    for index, layer in enumerate(found.statistics.summary()["layers"]):
+        entropy = layer["entropy"]
+        table.add_row(
+            str(index),
+            f"{layer['load_violation']:.2f}",
+            str(layer["unused_experts"]),
+            "" if entropy is None else f"{entropy:.3f}",
+            f"{layer['feed_forward_experts_per_token']:.2f}",
+        )
+    Console(highlight=False).print(table)
