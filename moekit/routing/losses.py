@@ -46,7 +46,7 @@ class Batch:
         """Mean over the tokens of all ranks, as this rank's share (see the module docstring)."""
         if self.valid_N1 is not None:
             value_NE = value_NE.masked_fill(~self.valid_N1, 0.0)
-        return value_NE.sum(0) * (self.ranks / self.tokens.clamp_min(1))
+        return value_NE.sum(0) * self.ranks / self.tokens.clamp_min(1)
 
     @property
     def fraction_E(self) -> Tensor:
