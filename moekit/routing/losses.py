@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moekit.routing.router import ZERO_COMPUTATION, RouterSpec, Site
@@ -47,7 +48,15 @@ class Batch:
         """Mean over the tokens of all ranks, as this rank's share (see the module docstring)."""
         if self.valid_N1 is not None:
             value_NE = value_NE.masked_fill(~self.valid_N1, 0.0)
-        return value_NE.sum(0) * (self.ranks / self.tokens.clamp_min(1))
+        return value_NE.sum(0) * self.ranks / self.tokens.clamp_min(1)
+
+    def over_ranks(self, share: Tensor) -> Tensor:
+        """The mean over ranks of what ``mean`` gave on each, without gradient."""
+        if self.ranks == 1:
+            return share.detach()
+        total = share.detach().clone()
+        dist.all_reduce(total)
+        return total / self.ranks
 
     @property
     def fraction_E(self) -> Tensor:
@@ -284,7 +293,11 @@ class _Entropy(Loss):
     def forward(self, batch: Batch) -> Tensor:
         if self.spec.of == "token":
             return batch.mean(torch.special.entr(batch.scores_NE)).sum()
-        return torch.special.entr(batch.mean(batch.scores_NE)).sum()
+        # -Σ p log p̄ with the mean p̄ of all ranks held fixed is linear in this rank's share, has the
+        # value of the entropy where p = p̄, and its gradient, for Σ p does not change.
+        mean_E = batch.mean(batch.scores_NE)
+        log_E = batch.over_ranks(mean_E).clamp_min(torch.finfo(mean_E.dtype).tiny).log()
+        return -(mean_E * log_E).sum()
 
 
 def _zero_computation_mask(kinds: tuple[str, ...], like: Tensor) -> Tensor:
