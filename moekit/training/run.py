@@ -123,6 +123,8 @@ def train(
     output = Path(output)
     device = next(model.parameters()).device
     arguments = training_arguments(spec, output, device, report_to)
+    with saving_to(output):
+        output.mkdir(parents=True, exist_ok=True)
     trainer = MoETrainer(
         model=model,
         args=arguments,
@@ -161,7 +163,6 @@ def _open(
     accelerator.wait_for_everyone()  # nobody writes before all have read
     if trainer.args.should_save:
         with saving_to(output):
-            output.mkdir(parents=True, exist_ok=True)
             clear_staging(output)
             write_json(output / RECORD, record)
     accelerator.wait_for_everyone()
