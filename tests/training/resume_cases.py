@@ -19,9 +19,7 @@ LAYERS = [
         Bank((SwiGLU(count=3, hidden=16), Constant())),
         losses=(SwitchBalance(),),
     ),
-    MoESpec(
-        ReLURouting(k=1), SwiGLU(count=4, hidden=16), losses=(L1Balance(k=1, initial=1e-3),)
-    ),
+    MoESpec(ReLURouting(k=1), SwiGLU(count=4, hidden=16), losses=(L1Balance(k=1, initial=1e-3),)),
 ]
 SPEC = TrainingSpec(
     steps=16, batch_size=8, gradient_accumulation=2, save_every=4, eval_every=6, log_every=3

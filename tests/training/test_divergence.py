@@ -47,7 +47,9 @@ def test_the_step_the_last_loss_and_what_to_try_are_named(
     with poisoned(model, after=6 * parts, value=value), pytest.raises(DivergedError) as caught:
         train(model, TinyData(), spec, tmp_path, progress=SilentProgress())
     message = str(caught.value)
-    assert message.startswith("the loss stopped being finite at step 7 (the last finite loss was 3.")
+    assert message.startswith(
+        "the loss stopped being finite at step 7 (the last finite loss was 3."
+    )
     assert "try a lower learning_rate than 0.003, a longer warmup or clipping" in message
     assert "\n" not in message
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
@@ -73,7 +75,8 @@ def test_weights_are_looked_at_before_they_are_saved() -> None:
     with torch.no_grad():
         model.lm_head.weight[3, 3] = torch.inf
     with pytest.raises(
-        DivergedError, match=r"weights .* at step 2 \(the last finite loss was 2\.5\); try something"
+        DivergedError,
+        match=r"weights .* at step 2 \(the last finite loss was 2\.5\); try something",
     ):
         watch.check_weights(model, 2)
 

@@ -41,9 +41,7 @@ class Recorder:
 
 def test_a_reporter_is_told_each_step(tmp_path: Path) -> None:
     recorder = Recorder()
-    result = train(
-        tiny_model(), TinyData(), SPEC, tmp_path, progress=recorder, description="tiny"
-    )
+    result = train(tiny_model(), TinyData(), SPEC, tmp_path, progress=recorder, description="tiny")
     assert recorder.calls[0] == ("start", 4, "tiny")
     assert recorder.calls[-1] == ("finish",)
     updates = recorder.calls[1:-1]
@@ -116,9 +114,7 @@ def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:
 
     model = tiny_model(LAYERS)
     progress = SilentProgress()
-    result = train(
-        model, TinyData(), SPEC, tmp_path, progress=progress, report_to=("tensorboard",)
-    )
+    result = train(model, TinyData(), SPEC, tmp_path, progress=progress, report_to=("tensorboard",))
     (events,) = tmp_path.glob("runs/*/events*")
     found = EventAccumulator(str(events)).Reload()
     tags = found.Tags()["scalars"]
@@ -170,7 +166,7 @@ def test_wandb_gets_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_tracker_that_is_not_installed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arguments_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(arguments_module.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match="wandb, which is not installed; run pip install"):
         train(tiny_model(), TinyData(), SPEC, tmp_path, report_to=("wandb",))
 

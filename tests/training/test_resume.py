@@ -70,15 +70,16 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
         original(self, *args, **kwargs)
         self.add_callback(Interrupt(step))
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(MoETrainer, "__init__", interrupted)
-        run(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
     assert checkpoints(tmp_path)[-1].name == f"checkpoint-{step // 4 * 4}"
     assert_same_run(run(tmp_path), uninterrupted)
 
 
 @pytest.mark.parametrize(
-    "moment, last",
+    ("moment", "last"),
     [
         ("step:6", 4),
         pytest.param("save:8:model.safetensors", 4, marks=pytest.mark.slow),
@@ -115,9 +116,7 @@ def test_a_finished_run_returns_its_result_again(
     assert again.steps == SPEC.steps
 
 
-def test_a_damaged_checkpoint_is_passed_over(
-    uninterrupted: TrainingResult, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over(uninterrupted: TrainingResult, tmp_path: Path) -> None:
     shutil.copytree(uninterrupted.checkpoint.parent, tmp_path / "copy")
     first, last = checkpoints(tmp_path / "copy")
     assert [first.name, last.name] == ["checkpoint-12", "checkpoint-16"]
@@ -180,7 +179,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, named",
+    ("change", "named"),
     [
         ({"learning_rate": 1e-4}, "learning_rate"),
         ({"steps": 20}, "steps"),
@@ -201,8 +200,8 @@ def test_another_model_or_other_data_in_the_same_folder_is_refused(
     other = tiny_model([LAYERS[0], LAYERS[0]])
     with pytest.raises(CheckpointError, match="another model, which differs in layers"):
         train(other, DATA, SPEC, output, progress=SilentProgress())
+    other_data = TinyData(train=Sequences(41, seed=3))
     with pytest.raises(CheckpointError, match="another data, which differs in"):
-        other_data = TinyData(train=Sequences(41, seed=3))
         train(model(), other_data, SPEC, output, progress=SilentProgress())
 
 
@@ -240,7 +239,7 @@ def test_weights_of_another_shape_are_refused_by_name(
     config = json.loads(wide.config.to_json_string(use_diff=False))
     record["model"] = {name: config[name] for name in record["model"]}
     (output / "run.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match="is of another model .*size mismatch"):
+    with pytest.raises(CheckpointError, match=r"is of another model .*size mismatch"):
         train(wide, DATA, SPEC, output, progress=SilentProgress())
 
 
@@ -265,5 +264,5 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write to .*file: File exists; give another folder"):
+    with pytest.raises(OutputError, match=r"cannot write to .*: File exists; give another folder"):
         run(tmp_path / "file")
