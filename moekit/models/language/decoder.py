@@ -146,7 +146,7 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
         A prepared causal mask no longer tells which of its queries are padding.
         """
         mask = create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs)
-        valid_BT = _valid(attention_mask, inputs_embeds.shape[1])
+        valid_BT = valid_tokens(attention_mask, inputs_embeds.shape[1])
         return {"full_attention": mask, "valid": valid_BT}
 
 
@@ -183,7 +183,8 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
                 attention, not in routing, capacity, losses or statistics. Without a mask every
                 row is a token; all-ones masks cost a little, so leave them out.
             position_ids: (B, T); None counts on from the cache. Positions that start again at 0
-                within a row mark packed sequences, which do not attend to each other.
+                within a row, without mask and cache, mark packed sequences, which do not attend
+                to each other.
             past_key_values: the KV cache of earlier tokens.
             inputs_embeds: (B, T, D) in place of ``input_ids``; routers by token id refuse it.
             use_cache: whether to return a KV cache; None for the config's choice.
@@ -191,14 +192,13 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        causal_mask = self._causal_mask(x_BTD, attention_mask, past_key_values, position_ids)
         if position_ids is None:
             position_ids = _positions(x_BTD, past_key_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         shared = {
-            "attention_mask": self._causal_mask(
-                x_BTD, attention_mask, past_key_values, position_ids
-            ),
+            "attention_mask": causal_mask,
             "past_key_values": past_key_values,
             "position_ids": position_ids,
             "rotation": self.rotary_emb(x_BTD, position_ids),
@@ -216,11 +216,21 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         )
 
     def _causal_mask(
-        self, x_BTD: Tensor, attention_mask: AttentionMask, cache: Cache | None, positions: Tensor
+        self,
+        x_BTD: Tensor,
+        attention_mask: AttentionMask,
+        cache: Cache | None,
+        positions: Tensor | None,
     ) -> Any:
-        """What the attention implementation takes as its mask; made once for all blocks."""
+        """What the attention implementation takes as its mask; made once for all blocks.
+
+        Only the caller's own positions can mark packed sequences, and looking for those reads a
+        flag back to the host, so positions that merely count on are not passed.
+        """
         if isinstance(attention_mask, dict):  # prepared by ``create_masks_for_generate``
             return attention_mask["full_attention"]
+        if not x_BTD.numel():
+            return None
         return create_causal_mask(
             config=self.config,
             inputs_embeds=x_BTD,
@@ -262,7 +272,7 @@ def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
 
 def _signals(x_BTD: Tensor, input_ids: Tensor | None, attention_mask: AttentionMask) -> Signals:
     batch, length = x_BTD.shape[:2]
-    valid_BT = _valid(attention_mask, length)
+    valid_BT = valid_tokens(attention_mask, length)
     scope_B1 = torch.arange(batch, device=x_BTD.device)[:, None]
     return Signals(
         valid_N=None if valid_BT is None else valid_BT.flatten(),
@@ -271,7 +281,7 @@ def _signals(x_BTD: Tensor, input_ids: Tensor | None, attention_mask: AttentionM
     )
 
 
-def _valid(attention_mask: AttentionMask, length: int) -> Tensor | None:
+def valid_tokens(attention_mask: AttentionMask, length: int) -> Tensor | None:
     """Which of the last ``length`` positions (B, T) are tokens, where the mask tells."""
     if isinstance(attention_mask, dict):
         return attention_mask.get("valid")
