@@ -13,10 +13,10 @@ from transformers.utils.generic import can_return_tuple
 
 from moekit.errors import SpecError
 from moekit.layer import MoE, MoESpec
+from moekit.models.language.block import DenseFeedForward
 from moekit.models.language.config import MoEDecoderConfig
 from moekit.models.language.decoder import (
     AttentionMask,
-    DenseFeedForward,
     MoEDecoderModel,
     MoEDecoderPreTrainedModel,
     valid_tokens,
