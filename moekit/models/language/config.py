@@ -50,8 +50,8 @@ class MoEDecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         ...     num_attention_heads=4,
         ...     layers=[SwiGLU(count=1, hidden=128), MoESpec(TopK(k=2), SwiGLU(8, hidden=64))],
         ... )
-        >>> config.layer_specs[1].router
-        TopK(k=2, ...)
+        >>> config.layer_specs[1].router.k
+        2
     """
 
     model_type = "moekit_decoder"
