@@ -63,6 +63,7 @@ class MoETrainer(transformers.Trainer):
 
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         use_cache = model.config.use_cache  # the base class sets it, and checkpoints keep it
+        self._own_forward = vars(model).get("forward")
         super().__init__(model, *args, **kwargs)
         model.config.use_cache = use_cache
         self.window = RoutingWindow(cast("Any", model))
@@ -74,8 +75,11 @@ class MoETrainer(transformers.Trainer):
 
     def release(self) -> None:
         """Take off the model what mixed precision put around its ``forward``."""
-        for name in ("forward", "_original_forward"):
-            vars(self.model).pop(name, None)
+        attributes = vars(self.model)
+        attributes.pop("_original_forward", None)
+        attributes.pop("forward", None)
+        if self._own_forward is not None:
+            attributes["forward"] = self._own_forward
 
     # --- data ------------------------------------------------------------------------------------
 
@@ -143,7 +147,7 @@ class MoETrainer(transformers.Trainer):
         """
         self.watch.check()
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.compute_metrics is not None or isinstance(data, dict | str):
+        if self.compute_metrics is not None or isinstance(data, dict | str | None):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         began = time.perf_counter()
         assert self.model is not None
