@@ -76,10 +76,8 @@ class PathwayRouter(TopKRouter):
             )
         return logits_NE + linear_logits(previous, self.gate_map)
 
-    def score(self, logits_NE: Tensor) -> Tensor:
-        if self.spec.logit_norm == "std":
-            logits_NE = logits_NE / _std(logits_NE)
-        return super().score(logits_NE)
+    def scaled(self, logits_NE: Tensor) -> Tensor:
+        return logits_NE / _std(logits_NE) if self.spec.logit_norm == "std" else logits_NE
 
 
 def _std(logits_NE: Tensor) -> Tensor:

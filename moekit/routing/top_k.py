@@ -121,11 +121,12 @@ class TopKRouter(KeepsFloat32, Router):
     def route(self, x_ND: Tensor, signals: Signals) -> Routing:
         x_ND = self._jittered(x_ND)
         logits_NE = self.logits(x_ND, signals)
-        scores_NE = self.score(self._noisy(x_ND, logits_NE))
+        scored_NE = self.scaled(self._noisy(x_ND, logits_NE))
+        scores_NE = self.score(scored_NE)
         expert_NK = self.select(scores_NE)
         return Routing(
             expert_NK=expert_NK,
-            weight_NK=self.combine_weights(scores_NE, expert_NK),
+            weight_NK=self.combine_weights(scored_NE, scores_NE, expert_NK),
             experts=self.site.experts,
             logits_NE=logits_NE,
             scores_NE=self.probabilities(scores_NE),
@@ -135,6 +136,10 @@ class TopKRouter(KeepsFloat32, Router):
     def logits(self, x_ND: Tensor, signals: Signals) -> Tensor:
         """Raw logits (N, E), which the next layer may also look at."""
         return linear_logits(x_ND, self.weight, self.bias)
+
+    def scaled(self, logits_NE: Tensor) -> Tensor:
+        """The logits as they are scored."""
+        return logits_NE
 
     def score(self, logits_NE: Tensor) -> Tensor:
         """Scores (N, E) that are ranked, combined and balanced."""
@@ -159,18 +164,25 @@ class TopKRouter(KeepsFloat32, Router):
             ranking_NE = self._within_top_groups(ranking_NE)
         return ranking_NE.topk(k, dim=-1).indices
 
-    def combine_weights(self, scores_NE: Tensor, expert_NK: Tensor) -> Tensor:
-        """Weights (N, K) of the chosen experts."""
-        weight_NK = scores_NE.gather(1, expert_NK)
+    def combine_weights(self, logits_NE: Tensor, scores_NE: Tensor, expert_NK: Tensor) -> Tensor:
+        """Weights (N, K) of the chosen experts, from the logits that were scored and the scores."""
+        if self.spec.normalize == "none":
+            weight_NK = scores_NE.gather(1, expert_NK)
+        elif self.spec.score == "softmax":
+            logit_NK = logits_NE.gather(1, expert_NK)
+            weight_NK = _softmax_of_rest(logit_NK, self._left_out(expert_NK))
+        else:
+            score_NK = scores_NE.gather(1, expert_NK)
+            weight_NK = _share_of_rest(score_NK, self._left_out(expert_NK))
+        return weight_NK * self.spec.scale if self.spec.scale != 1.0 else weight_NK
+
+    def _left_out(self, expert_NK: Tensor) -> Tensor:
+        """True where normalisation leaves a slot out."""
+        out_NK = torch.zeros_like(expert_NK, dtype=torch.bool)
         if self.spec.normalize == "nonzero":
             for start, stop in self._zero_ranges:
-                is_zero_NK = (expert_NK >= start) & (expert_NK < stop)
-                weight_NK = weight_NK.masked_fill(is_zero_NK, 0.0)
-        if self.spec.normalize != "none":
-            total_N1 = weight_NK.sum(-1, keepdim=True)
-            lost_N1 = total_N1 < torch.finfo(total_N1.dtype).tiny  # 1 / total would overflow
-            weight_NK = weight_NK.masked_fill(lost_N1, 0.0) / total_N1.masked_fill(lost_N1, 1.0)
-        return weight_NK * self.spec.scale if self.spec.scale != 1.0 else weight_NK
+                out_NK = out_NK | ((expert_NK >= start) & (expert_NK < stop))
+        return out_NK
 
     @torch.no_grad()
     def update(self, load: Load) -> None:
@@ -199,3 +211,22 @@ class TopKRouter(KeepsFloat32, Router):
         open_NG = torch.zeros_like(group_NG, dtype=torch.bool)
         open_NG.scatter_(1, group_NG.topk(self.spec.top_groups, dim=-1).indices, True)
         return grouped_NGE.masked_fill(~open_NG[..., None], float("-inf")).flatten(1)
+
+
+def _softmax_of_rest(logit_NK: Tensor, out_NK: Tensor) -> Tensor:
+    """Softmax over the slots that are not left out; 0 in those that are.
+
+    Equal to the scores divided by their sum, whose gradient is NaN once float32 scores underflow:
+    beside a null expert that wins by 80 nats, say.
+    """
+    none_N1 = out_NK.all(-1, keepdim=True)
+    logit_NK = logit_NK.masked_fill(out_NK, float("-inf")).masked_fill(none_N1, 0.0)
+    return logit_NK.softmax(-1).masked_fill(out_NK, 0.0)
+
+
+def _share_of_rest(score_NK: Tensor, out_NK: Tensor) -> Tensor:
+    """Scores divided by the sum of those not left out; 0 in those that are."""
+    score_NK = score_NK.masked_fill(out_NK, 0.0)
+    total_N1 = score_NK.sum(-1, keepdim=True)
+    lost_N1 = total_N1 < torch.finfo(total_N1.dtype).tiny  # 1 / total would overflow
+    return score_NK.masked_fill(lost_N1, 0.0) / total_N1.masked_fill(lost_N1, 1.0)
