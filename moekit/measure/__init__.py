@@ -5,10 +5,12 @@ Reports, which need matplotlib and jinja2, are imported from :mod:`moekit.measur
 
 from moekit.measure.expert_phase import ExpertPhase, ExpertPhaseResult, compare_expert_phase
 from moekit.measure.flops import count_flops
+from moekit.measure.inspect import CheckpointStructure, inspect_checkpoint
 from moekit.measure.memory import PeakMemory
-from moekit.measure.observe import Observation, observe
+from moekit.measure.observe import Observation, observe, routing_statistics
 from moekit.measure.parameters import ParameterCounts, parameter_counts
 from moekit.measure.statistics import LayerStatistics, ModelStatistics
+from moekit.measure.structure import LayerStructure
 from moekit.measure.token_types import TOKEN_TYPES, token_texts, token_type
 from moekit.measure.tokens import (
     ExpertTokens,
@@ -21,11 +23,13 @@ from moekit.measure.tokens import (
 
 __all__ = [
     "TOKEN_TYPES",
+    "CheckpointStructure",
     "ExpertPhase",
     "ExpertPhaseResult",
     "ExpertTokens",
     "GroupUse",
     "LayerStatistics",
+    "LayerStructure",
     "ModelStatistics",
     "Observation",
     "ParameterCounts",
@@ -35,8 +39,10 @@ __all__ = [
     "TypeUse",
     "compare_expert_phase",
     "count_flops",
+    "inspect_checkpoint",
     "observe",
     "parameter_counts",
+    "routing_statistics",
     "token_routing",
     "token_texts",
     "token_type",

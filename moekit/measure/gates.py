@@ -1,38 +1,89 @@
 """Read the decisions of transformers' own routers.
 
 Since transformers 5 a router is a module that returns ``(logits, weights, expert ids)``, of
-shapes (N, E), (N, K) and (N, K). It is recognised by its class name and by what it returns, so a
-new architecture that keeps to the form needs nothing here.
+shapes (N, E), (N, K) and (N, K), and that stands beside a module named ``experts``. It is
+recognised by its class name, its place and what it returns, so a new architecture that keeps to
+the form needs nothing here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 
 from moekit.errors import CheckpointError
 from moekit.routing.routing import Routing
 
 _NAME = re.compile(r"(Router|Gate)$")
+_ROUNDING = 0.01  # of proportions that were computed in bfloat16
 _READABLE = (
     "Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V2 and V3, GPT-OSS, Granite-MoE, Phi-MoE, and "
     "others whose routers return (logits, weights, expert ids)"
 )
 
 
+@dataclass(frozen=True)
+class ExpertBlock:
+    """A module of transformers that holds a router beside its experts.
+
+    Attributes:
+        module: the block.
+        gate: its router.
+        experts: its bank.
+    """
+
+    module: nn.Module
+    gate: nn.Module
+    experts: nn.Module
+
+    def number_of_experts(self) -> int:
+        """Number of experts E: of fused tensors (E, ...), or of a list."""
+        if isinstance(self.experts, nn.ModuleList):
+            return len(self.experts)
+        return next(p.shape[0] for p in self.experts.parameters() if p.dim() >= 3)
+
+    def top_k(self, config: PreTrainedConfig) -> int:
+        """Experts a token.
+
+        Raises:
+            CheckpointError: neither the router nor the config tells.
+        """
+        names = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+        values = [getattr(place, n, None) for place in (self.gate, config) for n in names]
+        found = next((value for value in values if isinstance(value, int)), None)
+        if found is None:
+            raise CheckpointError(
+                f"{type(self.gate).__name__} does not tell how many experts a token uses"
+            )
+        return found
+
+
+def expert_blocks(model: nn.Module) -> dict[str, ExpertBlock]:
+    """The blocks of a model that have a router and experts, by name, in order."""
+    found = {}
+    for name, module in model.named_modules():
+        experts = getattr(module, "experts", None)
+        gates = [m for m in module.children() if _NAME.search(type(m).__name__)]
+        if isinstance(experts, nn.Module) and gates:
+            found[name] = ExpertBlock(module, gates[0], experts)
+    return found
+
+
 def find_gates(model: nn.Module) -> dict[str, nn.Module]:
-    """The routers of a transformers model by name, in order.
+    """The routers of a transformers model by the name of their block, in order.
 
     Raises:
         CheckpointError: there is none.
     """
-    found = {n: m for n, m in model.named_modules() if _NAME.search(type(m).__name__)}
+    found = {name: block.gate for name, block in expert_blocks(model).items()}
     if not found:
         raise CheckpointError(
             f"{type(model).__name__} has no router that can be read; readable are {_READABLE}"
@@ -80,7 +131,7 @@ class GateHooks:
 def _routing(name: str, output: Any) -> Routing:
     if not _is_decision(output):
         raise CheckpointError(
-            f"the router {name} does not return (logits, weights, expert ids); "
+            f"the router of {name} does not return (logits, weights, expert ids); "
             f"readable are {_READABLE}"
         )
     logits, weights, ids = (part.detach().flatten(0, -2) for part in output[:3])
@@ -116,22 +167,21 @@ def _scores(logits_NE: Tensor, weight_NK: Tensor, expert_NK: Tensor) -> Tensor:
     """The probabilities behind the weights.
 
     Routers do not say whether they take a softmax or normalised sigmoids (DeepSeek-V3), or have
-    handed out probabilities for logits; the form whose chosen entries are in the proportions of
-    the weights is the one.
+    handed out probabilities for logits. Softmax is assumed unless the chosen entries of another
+    form are in the proportions of the weights, up to rounding, and its own are not.
     """
     sigmoid_NE = logits_NE.sigmoid()
-    forms: Mapping[str, Tensor] = {
-        "softmax": logits_NE.softmax(-1),
-        "sigmoid": sigmoid_NE / sigmoid_NE.sum(-1, keepdim=True),
-        "as they are": logits_NE.clamp_min(0),
-    }
-    target_NK = _proportions(weight_NK)
-    chosen_NK = expert_NK.clamp_min(0)
-
-    def distance(form: str) -> float:
-        return float((_proportions(forms[form].gather(1, chosen_NK)) - target_NK).abs().sum())
-
-    return forms[min(forms, key=distance)]
+    forms = [
+        logits_NE.softmax(-1),
+        sigmoid_NE / sigmoid_NE.sum(-1, keepdim=True),
+        logits_NE.clamp_min(0),
+    ]
+    chosen_NK, target_NK = expert_NK.clamp_min(0), _proportions(weight_NK)
+    fits = [
+        bool(torch.allclose(_proportions(form_NE.gather(1, chosen_NK)), target_NK, atol=_ROUNDING))
+        for form_NE in forms
+    ]
+    return forms[fits.index(True)] if any(fits) else forms[0]
 
 
 def _proportions(value_NK: Tensor) -> Tensor:

@@ -66,6 +66,16 @@ def observe(
         model.train(was_training)
 
 
+def routing_statistics(
+    model: nn.Module, dataset: TokenBlocks, batch_size: int = 8, max_batches: int | None = None
+) -> ModelStatistics:
+    """The counts of every MoE layer over a data set; arguments and errors as :func:`observe`."""
+    total: ModelStatistics | None = None
+    for observation in observe(model, dataset, batch_size, max_batches):
+        total = observation.statistics if total is None else total + observation.statistics
+    return ModelStatistics(()) if total is None else total
+
+
 @dataclass(frozen=True)
 class _Batch:
     token_BT: Tensor

@@ -180,7 +180,7 @@ def _expert_tokens(
     token_P, expert_P, count_P = pairs.key_P // experts, pairs.key_P % experts, pairs.count_P
     load_E = torch.zeros(experts, dtype=torch.int64).index_add_(0, expert_P, count_P)
     total = count_V.sum().clamp_min(1)
-    lift_P = (count_P / load_E[expert_P]) / (count_V[token_P] / total)
+    lift_P = (count_P.double() * total) / (load_E[expert_P] * count_V[token_P])
     rows = []
     for expert in range(experts):
         mine_P = (expert_P == expert).nonzero().flatten()

@@ -28,6 +28,7 @@ from moekit import (
     Zero,
 )
 from moekit.models.language import MoEDecoderConfig, MoEDecoderForCausalLM
+from moekit.routing import DenseWarmup
 
 Build = Callable[..., MoEDecoderForCausalLM]
 
@@ -46,10 +47,11 @@ LAYERS: dict[str, Any] = {
     "adamoe": MoESpec(
         TopK(k=2, normalize="nonzero"),
         Bank((SwiGLU(count=4, hidden=24), Zero(2))),
-        losses=(NullAwareBalance(),),
+        losses=(NullAwareBalance(weight=0.02, then=((5, 0.0001),)),),
     ),
     "pathway": MoESpec(Pathway(k=2), MIXED_BANK, losses=(HeterogeneousBalance(),)),
     "relu": MoESpec(ReLURouting(k=1), BANK, losses=(L1Balance(k=1, initial=1e-3),)),
+    "warmup": MoESpec(DenseWarmup(k=1, warmup_k=3, warmup_steps=5), BANK),
     "hash": MoESpec(Hash(k=2), BANK),
     "capacity": MoESpec(TopK(k=2), BANK, dispatch=Capacity(factor=0.75), losses=(SwitchBalance(),)),
     "expert_choice": MoESpec(ExpertChoice(capacity=2.0), BANK),

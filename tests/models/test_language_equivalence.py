@@ -50,9 +50,7 @@ def converted(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
             ours[_bank(name).replace("gate_proj.weight", "gate_up_proj")] = torch.cat([tensor, up])[
                 None
             ]
-        elif name.endswith("mlp.down_proj.weight") or name.endswith(
-            "shared_expert.down_proj.weight"
-        ):
+        elif name.endswith(("mlp.down_proj.weight", "shared_expert.down_proj.weight")):
             ours[_bank(name).replace(".weight", "")] = tensor[None]
         else:
             ours[name] = tensor

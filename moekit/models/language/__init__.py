@@ -11,9 +11,10 @@ and ``AutoModelForCausalLM`` load its checkpoints like any other::
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from moekit.models.language.block import DenseFeedForward, MoEDecoderLayer
 from moekit.models.language.causal_lm import MoEDecoderForCausalLM
 from moekit.models.language.config import MoEDecoderConfig
-from moekit.models.language.decoder import DenseFeedForward, MoEDecoderLayer, MoEDecoderModel
+from moekit.models.language.decoder import MoEDecoderModel
 from moekit.models.language.output import MoECausalLMOutput, MoEDecoderOutput
 
 AutoConfig.register(MoEDecoderConfig.model_type, MoEDecoderConfig, exist_ok=True)

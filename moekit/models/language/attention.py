@@ -102,20 +102,22 @@ class MoEDecoderAttention(nn.Module):
         query, key = rotate(query, rotation), rotate(key, rotation)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        mixed, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        return self.o_proj(mixed.flatten(2)), weights
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if not query.numel():  # transformers' functions refuse empty batches and sequences
+            return query.transpose(1, 2), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
+        dropout = self.config.attention_dropout if self.training else 0.0
         mixed, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(mixed.reshape(*x_BTD.shape[:-1], -1)), weights
+        return mixed, weights
 
     def _heads(self, projected: Tensor) -> Tensor:
         """(B, T, heads · head_dim) as (B, heads, T, head_dim)."""

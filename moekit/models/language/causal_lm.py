@@ -13,12 +13,13 @@ from transformers.utils.generic import can_return_tuple
 
 from moekit.errors import SpecError
 from moekit.layer import MoE, MoESpec
+from moekit.models.language.block import DenseFeedForward
 from moekit.models.language.config import MoEDecoderConfig
 from moekit.models.language.decoder import (
     AttentionMask,
-    DenseFeedForward,
     MoEDecoderModel,
     MoEDecoderPreTrainedModel,
+    valid_tokens,
 )
 from moekit.models.language.output import MoECausalLMOutput, MoEDecoderOutput
 from moekit.routing import Load, LossSite, RoutingLosses
@@ -117,14 +118,16 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type
         if labels is not None:
             routings = [record.routing for record in outputs.moe]
             routing_loss, values = self.routing_losses(routings)
+            targets = _targets(labels, kwargs.pop("shift_labels", None), attention_mask)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
+                shift_labels=targets,
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
                 **kwargs,
             )
-            share = _share(labels, kwargs.get("shift_labels"), num_items_in_batch)
+            share = _share(targets, num_items_in_batch)
             cross_entropy = loss / share
             if self.training:
                 loss = loss + share * routing_loss
@@ -164,11 +167,20 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type
         return [layer.mlp for layer in self.model.layers]
 
 
-def _share(
-    labels: Tensor, shift_labels: Tensor | None, step_targets: Tensor | int | None
-) -> Tensor | float:
+def _targets(labels: Tensor, shift_labels: Tensor | None, attention_mask: AttentionMask) -> Tensor:
+    """The label (B, T) that each position predicts; padding predicts nothing.
+
+    Left padding comes before the first token, which without padding is nobody's target.
+    """
+    targets = shift_labels
+    if targets is None:
+        targets = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
+    valid_BT = valid_tokens(attention_mask, targets.shape[-1])
+    return targets if valid_BT is None else targets.masked_fill(~valid_BT, IGNORED)
+
+
+def _share(targets: Tensor, step_targets: Tensor | int | None) -> Tensor | float:
     """This batch's share of the targets of the optimiser step."""
     if step_targets is None:
         return 1.0
-    targets = labels[..., 1:] if shift_labels is None else shift_labels
     return (targets != IGNORED).sum() / step_targets

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from moekit.errors import SpecError
 from moekit.experts import Experts, FeedForwardSpec
-from moekit.layer import MoE, MoEOutput
-from moekit.models.language.attention import (
-    MoEDecoderAttention,
-    MoEDecoderRotaryEmbedding,
-    Rotation,
-)
-from moekit.models.language.config import LayerSpec, MoEDecoderConfig
+from moekit.models.language.attention import MoEDecoderAttention, MoEDecoderRotaryEmbedding
+from moekit.models.language.block import MoEDecoderLayer
+from moekit.models.language.config import MoEDecoderConfig
 from moekit.models.language.output import MoEDecoderOutput
 from moekit.routing import Carry, Loss, Router, Signals
 from moekit.routing.float32 import KeepsFloat32
@@ -35,48 +28,6 @@ from moekit.routing.float32 import KeepsFloat32
 logger = logging.get_logger(__name__)
 
 AttentionMask = Tensor | dict[str, Tensor | None] | None
-
-
-class DenseFeedForward(nn.Module):
-    """A bank of one feed-forward expert that every token passes: an ordinary dense layer."""
-
-    def __init__(self, spec: FeedForwardSpec, width: int) -> None:
-        super().__init__()
-        self.experts = spec.build(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The output, of the shape of ``x`` (..., D)."""
-        bank = self.experts
-        inner = F.linear(x, bank.get_parameter(bank.up_name)[0], _only(bank.up_bias))
-        return F.linear(bank.activate(inner), bank.down_proj[0], _only(bank.down_bias))
-
-
-class MoEDecoderLayer(GradientCheckpointingLayer):
-    """One block: ``x += attention(norm(x))``, then ``x += feed_forward(norm(x))``."""
-
-    def __init__(
-        self, config: MoEDecoderConfig, index: int, spec: LayerSpec, previous_experts: int | None
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.self_attn = MoEDecoderAttention(config, index)
-        self.mlp = _feed_forward(spec, config, previous_experts)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self, x_BTD: Tensor, carry: Carry, signals: Signals, rotation: Rotation, **kwargs: Any
-    ) -> tuple[Tensor, Carry, MoEOutput | None]:
-        """The block's output, what the next block is handed, and the MoE layer's record.
-
-        A dense block hands ``carry`` on as it is and has no record.
-        """
-        attended, _ = self.self_attn(self.input_layernorm(x_BTD), rotation, **kwargs)
-        x_BTD = x_BTD + attended
-        normed = self.post_attention_layernorm(x_BTD)
-        if not isinstance(self.mlp, MoE):
-            return x_BTD + self.mlp(normed), carry, None
-        output: MoEOutput = self.mlp(normed, signals, carry)
-        return x_BTD + output.y, output.carry, _record(output)
 
 
 class MoEDecoderPreTrainedModel(PreTrainedModel):
@@ -146,7 +97,7 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
         A prepared causal mask no longer tells which of its queries are padding.
         """
         mask = create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs)
-        valid_BT = _valid(attention_mask, inputs_embeds.shape[1])
+        valid_BT = valid_tokens(attention_mask, inputs_embeds.shape[1])
         return {"full_attention": mask, "valid": valid_BT}
 
 
@@ -183,7 +134,8 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
                 attention, not in routing, capacity, losses or statistics. Without a mask every
                 row is a token; all-ones masks cost a little, so leave them out.
             position_ids: (B, T); None counts on from the cache. Positions that start again at 0
-                within a row mark packed sequences, which do not attend to each other.
+                within a row, without mask and cache, mark packed sequences, which do not attend
+                to each other.
             past_key_values: the KV cache of earlier tokens.
             inputs_embeds: (B, T, D) in place of ``input_ids``; routers by token id refuse it.
             use_cache: whether to return a KV cache; None for the config's choice.
@@ -191,14 +143,13 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        causal_mask = self._causal_mask(x_BTD, attention_mask, past_key_values, position_ids)
         if position_ids is None:
             position_ids = _positions(x_BTD, past_key_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         shared = {
-            "attention_mask": self._causal_mask(
-                x_BTD, attention_mask, past_key_values, position_ids
-            ),
+            "attention_mask": causal_mask,
             "past_key_values": past_key_values,
             "position_ids": position_ids,
             "rotation": self.rotary_emb(x_BTD, position_ids),
@@ -216,11 +167,21 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         )
 
     def _causal_mask(
-        self, x_BTD: Tensor, attention_mask: AttentionMask, cache: Cache | None, positions: Tensor
+        self,
+        x_BTD: Tensor,
+        attention_mask: AttentionMask,
+        cache: Cache | None,
+        positions: Tensor | None,
     ) -> Any:
-        """What the attention implementation takes as its mask; made once for all blocks."""
+        """What the attention implementation takes as its mask; made once for all blocks.
+
+        Only the caller's own positions can mark packed sequences, and looking for those reads a
+        flag back to the host, so positions that merely count on are not passed.
+        """
         if isinstance(attention_mask, dict):  # prepared by ``create_masks_for_generate``
             return attention_mask["full_attention"]
+        if not x_BTD.numel():
+            return None
         return create_causal_mask(
             config=self.config,
             inputs_embeds=x_BTD,
@@ -238,23 +199,6 @@ def _layers(config: MoEDecoderConfig) -> Iterable[MoEDecoderLayer]:
             previous = len(spec.experts.expert_kinds())
 
 
-def _feed_forward(
-    spec: LayerSpec, config: MoEDecoderConfig, previous_experts: int | None
-) -> MoE | DenseFeedForward:
-    if isinstance(spec, FeedForwardSpec):
-        return DenseFeedForward(spec, config.hidden_size)
-    return spec.build(config.hidden_size, previous_experts, config.vocab_size)
-
-
-def _record(output: MoEOutput) -> MoEOutput:
-    """The output without the tensors of the hidden states' size, which would pile up."""
-    return replace(output, y=output.y.new_empty(0, output.y.shape[-1]), carry=Carry())
-
-
-def _only(bias_EO: Tensor | None) -> Tensor | None:
-    return None if bias_EO is None else bias_EO[0]
-
-
 def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
     seen = 0 if cache is None else cache.get_seq_length()
     return (torch.arange(x_BTD.shape[1], device=x_BTD.device) + seen)[None]
@@ -262,7 +206,7 @@ def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
 
 def _signals(x_BTD: Tensor, input_ids: Tensor | None, attention_mask: AttentionMask) -> Signals:
     batch, length = x_BTD.shape[:2]
-    valid_BT = _valid(attention_mask, length)
+    valid_BT = valid_tokens(attention_mask, length)
     scope_B1 = torch.arange(batch, device=x_BTD.device)[:, None]
     return Signals(
         valid_N=None if valid_BT is None else valid_BT.flatten(),
@@ -271,7 +215,7 @@ def _signals(x_BTD: Tensor, input_ids: Tensor | None, attention_mask: AttentionM
     )
 
 
-def _valid(attention_mask: AttentionMask, length: int) -> Tensor | None:
+def valid_tokens(attention_mask: AttentionMask, length: int) -> Tensor | None:
     """Which of the last ``length`` positions (B, T) are tokens, where the mask tells."""
     if isinstance(attention_mask, dict):
         return attention_mask.get("valid")

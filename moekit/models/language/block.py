@@ -1,0 +1,75 @@
+"""One block: attention, and a dense or mixture-of-experts feed-forward part."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from moekit.experts import FeedForwardSpec
+from moekit.layer import MoE, MoEOutput
+from moekit.models.language.attention import MoEDecoderAttention, Rotation
+from moekit.models.language.config import LayerSpec, MoEDecoderConfig
+from moekit.routing import Carry, Signals
+
+
+class DenseFeedForward(nn.Module):
+    """A bank of one feed-forward expert that every token passes: an ordinary dense layer."""
+
+    def __init__(self, spec: FeedForwardSpec, width: int) -> None:
+        super().__init__()
+        self.experts = spec.build(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output, of the shape of ``x`` (..., D)."""
+        bank = self.experts
+        inner = F.linear(x, bank.up_weight[0], _only(bank.up_bias))
+        return F.linear(bank.activate(inner), bank.down_proj[0], _only(bank.down_bias))
+
+
+class MoEDecoderLayer(GradientCheckpointingLayer):
+    """One block: ``x += attention(norm(x))``, then ``x += feed_forward(norm(x))``."""
+
+    def __init__(
+        self, config: MoEDecoderConfig, index: int, spec: LayerSpec, previous_experts: int | None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.self_attn = MoEDecoderAttention(config, index)
+        self.mlp = _feed_forward(spec, config, previous_experts)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, x_BTD: Tensor, carry: Carry, signals: Signals, rotation: Rotation, **kwargs: Any
+    ) -> tuple[Tensor, Carry, MoEOutput | None]:
+        """The block's output, what the next block is handed, and the MoE layer's record.
+
+        A dense block hands ``carry`` on as it is and has no record.
+        """
+        attended, _ = self.self_attn(self.input_layernorm(x_BTD), rotation, **kwargs)
+        x_BTD = x_BTD + attended
+        normed = self.post_attention_layernorm(x_BTD)
+        if not isinstance(self.mlp, MoE):
+            return x_BTD + self.mlp(normed), carry, None
+        output: MoEOutput = self.mlp(normed, signals, carry)
+        return x_BTD + output.y, output.carry, _record(output)
+
+
+def _feed_forward(
+    spec: LayerSpec, config: MoEDecoderConfig, previous_experts: int | None
+) -> MoE | DenseFeedForward:
+    if isinstance(spec, FeedForwardSpec):
+        return DenseFeedForward(spec, config.hidden_size)
+    return spec.build(config.hidden_size, previous_experts, config.vocab_size)
+
+
+def _record(output: MoEOutput) -> MoEOutput:
+    """The output without the tensors of the hidden states' size, which would pile up."""
+    return replace(output, y=output.y.new_empty(0, output.y.shape[-1]), carry=Carry())
+
+
+def _only(bias_EO: Tensor | None) -> Tensor | None:
+    return None if bias_EO is None else bias_EO[0]
