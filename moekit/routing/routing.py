@@ -48,6 +48,12 @@ class Signals:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
+    def to(self, device: torch.device | str | int) -> Self:
+        """The signals on ``device``; accelerate asks for it between layers on different devices."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved = {k: v.to(device) for k, v in fields.items() if isinstance(v, Tensor)}
+        return self.replace(**moved)
+
 
 @dataclass(frozen=True)
 class Carry:
@@ -64,6 +70,14 @@ class Carry:
     def replace(self, **changes: object) -> Self:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str | int) -> Self:
+        """The carry on ``device``; accelerate asks for it between layers on different devices."""
+        logits = self.logits_NE
+        return self.replace(
+            logits_NE=None if logits is None else logits.to(device),
+            momentum=tuple(m.to(device) for m in self.momentum),
+        )
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,13 @@ def test_a_router_that_is_not_causal_generates_the_same_under_both_caches(build,
     """Its choice depends on which rows are padding, also where the mask was made in advance."""
     model = build("expert_choice", pad_token_id=0)
     batch, mask = left_padded([ids[0], ids[1, :4]])
-    dynamic = model.generate(batch, attention_mask=mask, **GREEDY)
-    static = model.generate(batch, attention_mask=mask, **GREEDY, cache_implementation="static")
-    assert dynamic.shape == (2, 19)
-    assert torch.equal(dynamic, static)
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    dynamic, static = (
+        model.generate(batch, attention_mask=mask, **options, cache_implementation=cache)
+        for cache in ("dynamic", "static")
+    )
+    assert torch.equal(dynamic.sequences, static.sequences)
+    torch.testing.assert_close(static.logits, dynamic.logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

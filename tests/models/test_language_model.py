@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
 from moekit import (
     Bank,
@@ -24,7 +25,7 @@ from moekit import (
 )
 from moekit.errors import SignalError, SpecError
 from moekit.models.language import DenseFeedForward
-from moekit.routing import Load
+from moekit.routing import Carry, Load, Signals
 
 DENSE = SwiGLU(count=1, hidden=48)
 NOISY_PATHWAY = MoESpec(
@@ -122,6 +123,19 @@ def test_hidden_states_and_attentions_on_request(build, ids):
     assert weights.shape == (2, 4, 11, 11)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 11))
     assert weights.triu(1).abs().sum() == 0
+
+
+def test_what_blocks_are_handed_moves_between_devices_as_accelerate_moves_it():
+    """``device_map`` over several devices hooks every block with this very function."""
+    signals = Signals(valid_N=torch.ones(3, dtype=torch.bool), scope_N=torch.zeros(3))
+    carry = Carry(logits_NE=torch.zeros(3, 4), momentum=(torch.zeros(3, 2),))
+    moved = send_to_device({"signals": signals, "carry": carry, "empty": Carry()}, "meta")
+    assert moved["signals"].valid_N.is_meta
+    assert moved["signals"].scope_N.is_meta
+    assert moved["signals"].token_id_N is None
+    assert moved["carry"].logits_NE.is_meta
+    assert moved["carry"].momentum[0].is_meta
+    assert moved["empty"] == Carry()
 
 
 # --- gradient checkpointing ---------------------------------------------------------------------

@@ -62,7 +62,7 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type
         self.routing_losses = RoutingLosses(
             [LossSite(spec.losses, layer.router) for spec, layer in layers]
         )
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @property
     def moe_layers(self) -> list[MoE]:

@@ -23,7 +23,6 @@ from moekit.models.language.block import MoEDecoderLayer
 from moekit.models.language.config import MoEDecoderConfig
 from moekit.models.language.output import MoEDecoderOutput
 from moekit.routing import Carry, Loss, Router, Signals
-from moekit.routing.float32 import KeepsFloat32
 
 logger = logging.get_logger(__name__)
 
@@ -48,11 +47,6 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
         "hidden_states": MoEDecoderLayer,
         "attentions": MoEDecoderAttention,
     }
-
-    def post_init(self) -> None:
-        """Finish construction: keep controller state in float32, initialise, tie."""
-        self._keep_in_fp32_modules_strict = _float32_buffers(self)
-        super().post_init()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -112,7 +106,7 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         self.rotary_emb = MoEDecoderRotaryEmbedding(config)
         self.gradient_checkpointing = False
         _warn_if_not_causal(config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @merge_with_config_defaults  # type: ignore[untyped-decorator]
     @capture_outputs  # type: ignore[untyped-decorator]
@@ -222,12 +216,6 @@ def valid_tokens(attention_mask: AttentionMask, length: int) -> Tensor | None:
     if attention_mask is None or attention_mask.dim() != 2:
         return None
     return attention_mask[:, attention_mask.shape[1] - length :].bool()
-
-
-def _float32_buffers(model: nn.Module) -> set[str]:
-    """Names of the controller state that must not be cast when a checkpoint is loaded."""
-    modules = (module for module in model.modules() if isinstance(module, KeepsFloat32))
-    return {name for module in modules for name in module.float32_buffers}
 
 
 def _warn_if_not_causal(config: MoEDecoderConfig) -> None:
