@@ -68,10 +68,11 @@ def training_arguments(
         remove_unused_columns=False,
         ddp_backend="gloo" if on_cpu and processes > 1 else None,
         ddp_find_unused_parameters=False,  # every expert is in every graph, if only with no rows
-        ddp_broadcast_buffers=False,  # controllers see the same loads on every rank
         **_checkpointing(spec.gradient_checkpointing),
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several would mean DataParallel
+    if on_cpu:  # "cpu:0", as processes get it, is no place older versions can load a state to
+        vars(arguments)["_setup_devices"] = torch.device("cpu")
     return arguments
 
 

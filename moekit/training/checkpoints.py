@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -131,9 +132,9 @@ def _discard(checkpoint: Path) -> None:
 
 def _unwritable(output: Path, error: Exception) -> OutputError:
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return OutputError(
-        f"cannot write to {output}: {reason}; free some space there or give another folder"
-    )
+    full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space there or give another folder" if full else "give another folder"
+    return OutputError(f"cannot write to {output}: {reason}; {remedy}")
 
 
 def _flush(path: Path) -> None:

@@ -25,6 +25,8 @@ class RoutingFlow(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        # Otherwise the intervals of a checkpoint would hold.
+        state.compute_steps(args, state.max_steps)  # type: ignore[no-untyped-call]
         rows = state.log_history
         self.wall.start(rows[-1].get("seconds", 0.0) if rows else 0.0)
 

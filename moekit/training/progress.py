@@ -75,14 +75,18 @@ class RichProgress:
         """Move the bar to ``step``."""
         loss_text = "" if loss is None else f"loss {loss:.3f}"
         speed = "" if tokens_per_second is None else f"{tokens_per_second:,.0f} tokens/s"
+        if self._first is None:  # a resumed run does not begin at 0
+            self._first = step - 1
+            if self._task is not None:
+                self._progress.reset(self._task, completed=self._first)
         if self._task is not None:
             self._progress.update(self._task, completed=step, loss=loss_text, speed=speed)
         elif self._lines:
-            self._line(step, [loss_text, speed])
+            self._line(step, step - self._first, [loss_text, speed])
 
     def finish(self) -> None:
         """Remove the bar if it is one of several, else leave it as it stands."""
-        if self._lines:
+        if self._lines and self._total:
             self._print(self._step, "done" if self._step == self._total else "stopped")
         elif self._task is not None:
             if self._owned:
@@ -91,14 +95,12 @@ class RichProgress:
                 self._progress.remove_task(self._task)
             self._task = None
 
-    def _line(self, step: int, figures: list[str]) -> None:
+    def _line(self, step: int, done: int, figures: list[str]) -> None:
         now = time.monotonic()
-        if self._first is None:  # a resumed run does not begin at 0
-            self._first = step - 1
         self._step, self._figures = step, figures
         if now - self._told >= _SECONDS_A_LINE and step < self._total:
             self._told = now
-            left = (now - self._began) / (step - self._first) * (self._total - step)
+            left = (now - self._began) / done * (self._total - step)
             self._print(step, f"{_clock(left)} left")
 
     def _print(self, step: int, end: str) -> None:

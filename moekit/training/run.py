@@ -123,6 +123,8 @@ def train(
     output = Path(output)
     device = next(model.parameters()).device
     arguments = training_arguments(spec, output, device, report_to)
+    with saving_to(output):
+        output.mkdir(parents=True, exist_ok=True)
     trainer = MoETrainer(
         model=model,
         args=arguments,
@@ -140,7 +142,8 @@ def train(
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
-            reporter.finish()
+            if trainer.is_world_process_zero():
+                reporter.finish()
             trainer.release()
     return _result(trainer, output, memory)
 
@@ -161,7 +164,6 @@ def _open(
     accelerator.wait_for_everyone()  # nobody writes before all have read
     if trainer.args.should_save:
         with saving_to(output):
-            output.mkdir(parents=True, exist_ok=True)
             clear_staging(output)
             write_json(output / RECORD, record)
     accelerator.wait_for_everyone()
@@ -173,11 +175,11 @@ def _record(model: PreTrainedModel, data: TrainingData, spec: TrainingSpec) -> d
     fixed = {k: v for k, v in spec.to_dict().items() if k not in _FREE_TO_CHANGE}
     config = json.loads(model.config.to_json_string(use_diff=False))
     sequences: Any = data.train
-    first = sequences[0]["input_ids"]
+    first, last = (sequences[i]["input_ids"].tolist() for i in (0, len(sequences) - 1))
     return {
         "training": fixed,
         "model": {k: v for k, v in config.items() if k not in _NOT_THE_MODEL},
-        "data": {"sequences": len(sequences), "first": first.tolist()},
+        "data": {"sequences": len(sequences), "first": first, "last": last},
     }
 
 

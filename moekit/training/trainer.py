@@ -72,6 +72,11 @@ class MoETrainer(transformers.Trainer):
         self._saving = False
         self.add_callback(RoutingFlow(self.window, self.watch, self.clock, self.wall))
 
+    def release(self) -> None:
+        """Take off the model what mixed precision put around its ``forward``."""
+        for name in ("forward", "_original_forward"):
+            vars(self.model).pop(name, None)
+
     # --- data ------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
@@ -245,11 +250,6 @@ class MoETrainer(transformers.Trainer):
         if self.args.should_save and pickled.exists():
             write_json(folder / "training_args.json", self.args.to_sanitized_dict())
             pickled.unlink()
-
-    def release(self) -> None:
-        """Take off the model what mixed precision put around its ``forward``."""
-        for name in ("forward", "_original_forward"):
-            vars(self.model).pop(name, None)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -23,7 +23,7 @@ def test_spec_goes_to_json_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [
         ("steps", 0),
         ("batch_size", 0),
