@@ -187,7 +187,8 @@ def test_bfloat16_keeps_weights_and_controllers_in_float32(tmp_path: Path) -> No
     losses, wanted = ([row["loss"] for row in rows] for rows in (half, full))
     assert losses != wanted
     assert losses == pytest.approx(wanted, rel=0.02)  # bfloat16 has 8 bits
-    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    state = model.state_dict().values()
+    assert {t.dtype for t in state if t.is_floating_point()} == {torch.float32}
     assert "forward" not in vars(model)  # autocast is taken off again
     ids = Sequences(2).ids
     assert model(input_ids=ids).logits.dtype == torch.float32
