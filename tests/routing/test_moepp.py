@@ -207,16 +207,16 @@ def test_a_constant_expert_that_does_not_look_averages() -> None:
     torch.testing.assert_close(layer(x_ND).y, wanted, rtol=1e-14, atol=1e-15)
 
 
-def test_every_constant_expert_has_its_own_parameters() -> None:
-    layer = forced((FIRST_CONSTANT, FIRST_ZERO))
+@pytest.mark.parametrize("own", [0, 1])
+def test_every_constant_expert_has_its_own_parameters(own: int) -> None:
+    layer = forced((FIRST_CONSTANT + own, FIRST_ZERO))
     bank = layer.experts.parts[1]
     assert bank.mix_proj.shape == (2, 2, 8)
     assert bank.constant.shape == (2, 8)
     layer(torch.randn(6, 8, dtype=torch.float64)).y.sum().backward()
-    assert bool((bank.constant.grad[0] != 0).all())
-    assert bool((bank.constant.grad[1] == 0).all())
-    assert bool((bank.mix_proj.grad[0] != 0).any())
-    assert bool((bank.mix_proj.grad[1] == 0).all())
+    for gradient in (bank.constant.grad, bank.mix_proj.grad):
+        assert bool((gradient[own] != 0).any())
+        assert bool((gradient[1 - own] == 0).all())
 
 
 def test_cheap_experts_reach_no_product_and_hold_no_products_weights() -> None:
