@@ -44,6 +44,23 @@ class Plan:
             x_ND = torch.cat([x_ND, x_ND.new_zeros(1, x_ND.shape[1])])
         return x_ND.index_select(0, self.token_R)
 
+    def to_slots(self, rows_RD: Tensor) -> Tensor:
+        """The rows in the order of the routing, (N, K, D); slots without a row are zero.
+
+        With :meth:`from_slots` this sets a bank around another operation: attention heads map
+        rows to queries, attend in token order, and reduce rows on the same plan.
+        """
+        tokens, slots = self.weight_NK.shape
+        flat = rows_RD.new_zeros(tokens * slots + 1, rows_RD.shape[1])
+        filled = flat.index_copy(0, self.assignment_R, rows_RD)
+        return filled[:-1].unflatten(0, (tokens, slots))
+
+    def from_slots(self, value_NKD: Tensor) -> Tensor:
+        """The rows (R, D) of values given slot by slot; empty places are zero."""
+        flat = value_NKD.flatten(0, 1)
+        flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
+        return flat.index_select(0, self.assignment_R)
+
     def combine(self, rows_RD: Tensor) -> Tensor:
         """Each token's weighted sum (N, D) of its rows, accumulated in at least float32."""
         if self.every:

@@ -92,6 +92,8 @@ class Routing:
         scores_NE: what balance losses average: probabilities, or gates.
         losses: the router's own losses by name, unscaled.
         valid_N: False for padding, or None when every row is a token.
+        scope_N: which decision each row shares, for a routing broadcast by ``take``; None where
+            every row has its own.
         full: True when every slot of every row is known to be used without looking at the data,
             so that the number of dispatched rows needs no device sync.
     """
@@ -103,6 +105,7 @@ class Routing:
     scores_NE: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     valid_N: Tensor | None = None
+    scope_N: Tensor | None = None
     full: bool = False
 
     def __post_init__(self) -> None:
@@ -149,6 +152,7 @@ class Routing:
             logits_NE=None if logits is None else logits[scope_N],
             scores_NE=None if scores is None else scores[scope_N],
             valid_N=None if self.valid_N is None else self.valid_N[scope_N],
+            scope_N=scope_N,
         )
 
     def remap(self, expert_E: Tensor, experts: int) -> Self:

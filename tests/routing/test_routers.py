@@ -322,7 +322,7 @@ def test_anomaly_mode_names_the_router_of_bad_values() -> None:
         def select(self, scores_NE: Tensor) -> Tensor:
             return torch.full((len(scores_NE), 1), 8)
 
-        def combine_weights(self, scores_NE: Tensor, expert_NK: Tensor) -> Tensor:
+        def combine_weights(self, logits_NE, scores_NE, expert_NK) -> Tensor:
             return torch.ones(expert_NK.shape)
 
     router.__class__ = Wild
