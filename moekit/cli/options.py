@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from moekit.compare import Design, ModelSpec, load_design
 from moekit.data import TextSpec
@@ -87,9 +89,11 @@ def device_of(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        kind = torch.empty(0, device=name).device.type
     except (RuntimeError, AssertionError):
-        raise SpecError(f"there is no device {name!r} here; try --device cpu") from None
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise SpecError(f"there is no device {name!r} here; try --device cpu")
     return name
 
 
@@ -104,19 +108,31 @@ def precision_of(name: str, device: str) -> str:
 
 
 def trackers(names: str) -> tuple[str, ...]:
-    """The trackers in a comma-separated list."""
-    return tuple(name.strip() for name in names.split(",") if name.strip())
+    """The trackers in a comma-separated list.
+
+    Raises:
+        SpecError: transformers does not know one.
+    """
+    wanted = tuple(name.strip() for name in names.split(",") if name.strip())
+    for name in wanted:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise SpecError(
+                f"--report-to has {name!r}; known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+    return wanted
 
 
 def require_writable(folder: Path) -> None:
     """Refuse an output folder that cannot be written, before any work is done.
 
+    The folder is not made yet, so that a mistake in another option leaves nothing behind.
+
     Raises:
         OutputError: it is a file, or it cannot be made or written.
     """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    probe = nearest / f".moekit-{secrets.token_hex(4)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".moekit-writable"
         probe.touch()
         probe.unlink()
     except OSError as error:

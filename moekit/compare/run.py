@@ -218,7 +218,7 @@ def _training_flops(
 
 
 def _rows_in_training(result: TrainingResult) -> float:
-    """Product rows a token and layer, mean over the steps; a log row covers those since the last."""
+    """Product rows a token and layer, mean over steps; a log row covers those since the last."""
     logged = [row for row in result.history if "routing" in row]
     steps = [row["step"] for row in logged]
     lengths = [now - before for before, now in zip([0, *steps], steps, strict=False)]
