@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 import moekit
 from moekit.cli import compare, generate, systems, train
 from moekit.cli import inspect as inspection
+from moekit.compare.run import first_line
 from moekit.errors import MoekitError
 
 INTERRUPTED = 130  # the exit code that typer gives a command ended by control-C
@@ -68,14 +69,13 @@ def main() -> None:
     set_verbosity_error()  # type: ignore[no-untyped-call]  # what matters of it, we say ourselves
     try:
         build()()
-    except MoekitError as error:
-        _end(str(error), 2)
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        _end("out of memory; use a smaller batch, shorter sequences or a smaller model", 2)
     except KeyboardInterrupt:
         _end(_STOPPED, INTERRUPTED)
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        _end(sentence, 2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             _end(_STOPPED, INTERRUPTED)
@@ -88,6 +88,17 @@ _STOPPED = "stopped; run the same command again to go on"
 def _end(sentence: str, code: int) -> NoReturn:
     print(f"moekit: {sentence}", file=sys.stderr)
     sys.exit(code)
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell the user; None for a defect of moekit, which needs its stack trace."""
+    if isinstance(error, MoekitError):
+        return str(error)
+    if _out_of_memory(error):
+        return "out of memory; use a smaller batch, shorter sequences or a smaller model"
+    if type(error).__module__.startswith("wandb."):
+        return f"wandb refuses to track: {first_line(error)}; log in to it or leave it out"
+    return None
 
 
 def _out_of_memory(error: Exception) -> bool:

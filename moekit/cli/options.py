@@ -16,6 +16,8 @@ from moekit.errors import OutputError, SpecError
 from moekit.systems import Shape, find
 from moekit.training import TrainingSpec
 
+LARGEST = 1_000_000  # of any size; what is larger overflows in a library and not here
+
 Data = Annotated[
     str,
     typer.Option(
@@ -30,7 +32,9 @@ Tokenizer = Annotated[
     str | None,
     typer.Option(help="Folder or hub name of a tokenizer. Default: train one on the text."),
 ]
-VocabSize = Annotated[int, typer.Option(help="Vocabulary of the tokenizer that is trained.")]
+VocabSize = Annotated[
+    int, typer.Option(help="Vocabulary of the tokenizer that is trained.", max=LARGEST)
+]
 SequenceLength = Annotated[int, typer.Option(help="Tokens in a training sequence.")]
 Steps = Annotated[int, typer.Option(help="Optimiser steps of each run.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences an optimiser step, over all processes.")]
@@ -46,12 +50,14 @@ Precision = Annotated[
 Checkpointing = Annotated[
     bool, typer.Option(help="Recompute activations in the backward pass to save memory.")
 ]
-Width = Annotated[int, typer.Option(help="Model width.")]
-Depth = Annotated[int, typer.Option(help="Number of layers.")]
+Width = Annotated[int, typer.Option(help="Model width.", max=LARGEST)]
+Depth = Annotated[int, typer.Option(help="Number of layers.", max=LARGEST)]
 Heads = Annotated[int, typer.Option(help="Attention heads.")]
 KvHeads = Annotated[int, typer.Option(help="Heads of keys and values.")]
-Experts = Annotated[int, typer.Option(help="Feed-forward experts of named designs.")]
-Hidden = Annotated[int, typer.Option(help="Hidden width of each expert of named designs.")]
+Experts = Annotated[int, typer.Option(help="Feed-forward experts of named designs.", max=LARGEST)]
+Hidden = Annotated[
+    int, typer.Option(help="Hidden width of each expert of named designs.", max=LARGEST)
+]
 TopKOption = Annotated[int, typer.Option("--k", help="Experts a token of named designs.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]

@@ -79,9 +79,12 @@ class RunPlace:
             ) from None
 
     def finish(self, record: RunRecord) -> None:
-        """Keep the record, and drop the training state, which nobody needs any more."""
+        """Keep the record and the tracker's logs, and drop the training state."""
+        training = self.folder / "training"
+        if (training / "runs").is_dir():  # where transformers puts TensorBoard's files
+            shutil.copytree(training / "runs", self.folder / "logs", dirs_exist_ok=True)
         write_json(self.folder / "record.json", record.to_dict())
-        shutil.rmtree(self.folder / "training", ignore_errors=True)
+        shutil.rmtree(training, ignore_errors=True)
 
 
 def folder_name(design: str) -> str:

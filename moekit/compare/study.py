@@ -183,8 +183,14 @@ def _stored_phases(path: Path) -> dict[str, ExpertPhaseResult]:
         raise OutputError(f"{path} cannot be read ({error}); delete it to time again") from None
 
 
+def _has_results(output: Path) -> bool:
+    """Whether a run of the study is finished or has a checkpoint."""
+    runs = output / "runs"
+    return any(runs.glob("*/record.json")) or any(runs.glob("*/training/checkpoint-*"))
+
+
 def _require_free(output: Path, spec: StudySpec) -> None:
-    """Refuse a folder that is another study's, or not empty and no study's."""
+    """Refuse a folder with results of another study, or one that is not empty and no study's."""
     path = output / CLAIM
     if not path.exists():
         if output.is_dir() and any(output.iterdir()):
@@ -196,7 +202,7 @@ def _require_free(output: Path, spec: StudySpec) -> None:
         stored = StudySpec.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read ({error}); choose another folder") from None
-    if stored != spec:
+    if stored != spec and _has_results(output):
         changed = [name for name in vars(spec) if getattr(stored, name) != getattr(spec, name)]
         raise OutputError(
             f"{output} holds a study with other {', '.join(changed)}; "
