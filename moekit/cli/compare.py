@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moekit.cli import options as opt
 from moekit.cli.progress import StudyBars
@@ -16,16 +18,12 @@ from moekit.compare import DesignSummary, StudySpec, compare
 from moekit.compare.report import Written, write_report
 from moekit.systems import DEFAULT_DESIGNS, Shape
 
-EXAMPLES = """
-Examples:
-
+EXAMPLES = """\
   moekit compare
-
-  moekit compare --data my/texts --designs dense,topk,moepp --seeds 3 --output runs/mine
-
-  moekit compare --data log.jsonl --text-column message --designs topk,my_design.json
-
-  moekit compare --match flops --steps 2000 --precision bfloat16 --report-to tensorboard
+  moekit compare --data my/texts --designs dense,topk,moepp --seeds 3
+  moekit compare --data log.jsonl --text-column message --output runs/log
+  moekit compare --designs topk,my_design.json --match flops --steps 2000
+  moekit compare --precision bfloat16 --report-to tensorboard --json
 """
 
 
@@ -96,10 +94,9 @@ def compare_command(
         match=match,  # type: ignore[arg-type]  # checked by the spec
     )
     opt.require_writable(output)
+    followers = opt.trackers(report_to)
     with StudyBars(quiet=quiet) as bars:
-        study = compare(
-            spec, output, progress=bars, device=where, report_to=opt.trackers(report_to)
-        )
+        study = compare(spec, output, progress=bars, device=where, report_to=followers)
         written = write_report(study, output)
     if as_json:
         typer.echo(json.dumps(written.results, indent=1, ensure_ascii=False))
@@ -107,46 +104,57 @@ def compare_command(
         _show(written)
 
 
-compare_command.__doc__ = f"{compare_command.__doc__}\n\n{EXAMPLES}"
-
-
 def _show(written: Written) -> None:
     console = Console()
-    console.print(_table(written.summaries))
+    console.print(_quality(written.summaries))
+    console.print(_cost(written.summaries))
     for sentence in written.verdict:
         console.print(sentence, markup=False, highlight=False)
-    console.print(f"\nReport: {written.report}", markup=False, highlight=False)
-    console.print(f"Raw results: {written.json}, {written.csv}", markup=False, highlight=False)
+    console.print(f"\nReport: {written.report}", markup=False, highlight=False, soft_wrap=True)
+    results = f"Raw results: {written.json}, {written.csv}"
+    console.print(results, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(summaries: list[DesignSummary]) -> Table:
-    table = Table(title="Validation text, mean over seeds")
-    columns = (
-        "design",
-        "loss",
-        "perplexity",
-        "active",
-        "total",
-        "MFLOP/token",
-        "tokens/s",
-        "experts/token",
-        "expert phase µs/token",
-        "max/mean load",
-    )
-    for name in columns:
-        table.add_column(name, justify="left" if name == "design" else "right")
+def _quality(summaries: list[DesignSummary]) -> Table:
+    table = _table("Validation text, mean over seeds")
+    for name in ("loss", "perplexity", "active", "total", "MFLOP/token"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in summaries:
         spread = "" if row.loss.deviation is None else f" ± {row.loss.deviation:.4f}"
         table.add_row(
-            row.design if row.causal else f"{row.design} (not causal)",
+            _name(row),
             f"{row.loss.mean:.4f}{spread}",
             f"{row.perplexity.mean:.1f}",
             f"{row.active_parameters / 1e6:.2f}M",
             f"{row.total_parameters / 1e6:.2f}M",
             f"{row.flops_per_token / 1e6:.2f}",
-            f"{row.tokens_per_second:,.0f}",
-            f"{row.feed_forward_experts.mean:.2f}",
-            "" if row.phase is None else f"{row.phase.seconds_per_token * 1e6:.1f}",
-            "" if row.load_violation is None else f"{row.load_violation.mean:.2f}",
         )
     return table
+
+
+def _cost(summaries: list[DesignSummary]) -> Table:
+    table = _table("Cost and routing")
+    columns = ("training\ntokens/s", "expert phase\nµs/token", "experts\na token")
+    for name in (*columns, "load\nmax/mean", "memory\nMiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in summaries:
+        table.add_row(
+            _name(row),
+            f"{row.tokens_per_second:,.0f}",
+            "" if row.phase is None else f"{row.phase.seconds_per_token * 1e6:.1f}",
+            f"{row.feed_forward_experts.mean:.2f}",
+            "" if row.load_violation is None else f"{row.load_violation.mean:.2f}",
+            f"{row.peak_memory_bytes / 2**20:,.0f}",
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("design", overflow="fold")
+    return table
+
+
+def _name(row: DesignSummary) -> Text:
+    """The name as it is: square brackets in it are no markup."""
+    return Text(row.design if row.causal else f"{row.design} (not causal)")

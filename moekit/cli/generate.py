@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-import moekit.models.language  # noqa: F401  (registers our checkpoints with transformers)
 from moekit.cli import options as opt
+from moekit.cli.checkpoint import load_model
 from moekit.compare.record import write_text
 from moekit.data import load_tokenizer
-from moekit.errors import CheckpointError, SpecError
+from moekit.errors import SpecError
 
-EXAMPLES = """
-Examples:
-
+EXAMPLES = """\
   moekit generate runs/moepp/model --prompt "def read(" --tokens 80
-
-  moekit generate runs/moepp/model --prompt "class " --temperature 0.8 --top-p 0.9 --samples 3
-
-  moekit generate runs/moepp/model --prompt-file start.txt --beams 4
+  moekit generate runs/moepp/model --temperature 0.8 --top-p 0.9 --samples 3
+  moekit generate runs/moepp/model --prompt-file start.txt --beams 4 --json
 """
 
 
@@ -48,10 +45,12 @@ def generate_command(
 ) -> None:
     """Continue a prompt with a causal language model."""
     where = opt.device_of(device)
-    _check(tokens, temperature, top_p, beams, samples)
+    _check(tokens, temperature, top_k, top_p, repetition_penalty, beams, samples)
     text = _prompt(prompt, prompt_file)
-    tokenizer = load_tokenizer(checkpoint)
+    if output is not None:
+        opt.require_writable(output.parent)
     model: Any = nn.Module.to(load_model(checkpoint), where)
+    tokenizer = load_tokenizer(checkpoint)
     ids_1T = _prompt_ids(tokenizer, text).to(where)
     torch.manual_seed(seed)
     sampling = temperature > 0
@@ -72,40 +71,25 @@ def generate_command(
     _deliver(text, found, output, as_json)
 
 
-generate_command.__doc__ = f"{generate_command.__doc__}\n\n{EXAMPLES}"
-
-
-def load_model(checkpoint: str) -> PreTrainedModel:
-    """A causal language model, moekit's or any of transformers, without running its code.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    folder = Path(checkpoint)
-    local = folder.exists() or checkpoint.startswith((".", "/"))
-    if local and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{checkpoint} is no checkpoint: it has no config.json; give the folder that "
-            "`moekit train` or save_pretrained wrote"
-        )
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint, trust_remote_code=False, use_safetensors=True, local_files_only=local
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{checkpoint} cannot be loaded: {reason}") from None
-    except Exception as error:  # safetensors raises its own class, which derives from Exception
-        raise CheckpointError(f"{checkpoint} is damaged: {error}") from None
-
-
-def _check(tokens: int, temperature: float, top_p: float, beams: int, samples: int) -> None:
+def _check(
+    tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    beams: int,
+    samples: int,
+) -> None:
     if tokens < 1:
         raise SpecError(f"--tokens is {tokens}; wanted at least 1")
-    if temperature < 0:
-        raise SpecError(f"--temperature is {temperature}; wanted 0 or more")
+    if not 0 <= temperature < math.inf:
+        raise SpecError(f"--temperature is {temperature}; wanted a number from 0")
+    if top_k < 0:
+        raise SpecError(f"--top-k is {top_k}; wanted 0 or more")
     if not 0 < top_p <= 1:
         raise SpecError(f"--top-p is {top_p}; wanted more than 0 and at most 1")
+    if not 0 < repetition_penalty < math.inf:
+        raise SpecError(f"--repetition-penalty is {repetition_penalty}; wanted more than 0")
     if beams < 1 or samples < 1:
         raise SpecError("--beams and --samples must be at least 1")
     if temperature == 0 and samples > beams:
@@ -141,8 +125,6 @@ def _deliver(prompt: str, found: list[str], output: Path | None, as_json: bool) 
         text = json.dumps({"prompt": prompt, "continuations": found}, ensure_ascii=False, indent=1)
     else:
         text = "\n\n".join(prompt + continuation for continuation in found)
-    if output is None:
-        typer.echo(text)
-    else:
+    if output is not None:
         write_text(output, text + "\n")
-        typer.echo(f"Written to {output}")
+    typer.echo(text if as_json or output is None else f"Written to {output}")

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from moekit.cli import options as opt
-from moekit.cli.generate import load_model
+from moekit.cli.checkpoint import load_model
 from moekit.cli.progress import StudyBars
 from moekit.compare.record import write_json
 from moekit.data import prepare
+from moekit.errors import SpecError
 from moekit.measure import CheckpointStructure, TokenRouting, inspect_checkpoint, token_routing
 from moekit.measure.report import (
     Code,
@@ -29,13 +31,9 @@ from moekit.measure.report import (
     series_styles,
 )
 
-EXAMPLES = """
-Examples:
-
+EXAMPLES = """\
   moekit inspect runs/moepp/model
-
   moekit inspect my/olmoe --data my/texts --output runs/olmoe-routing
-
   moekit inspect allenai/OLMoE-1B-7B-0924 --json
 """
 
@@ -62,6 +60,9 @@ def inspect_command(
     loaded and run on the text, and its routing is reported: load of each expert, experts a token,
     and which tokens each expert takes.
     """
+    where = opt.device_of(device)
+    if batches < 1:
+        raise SpecError(f"--batches is {batches}; wanted at least 1")
     structure = inspect_checkpoint(checkpoint)
     found = None
     if data is not None:
@@ -69,7 +70,7 @@ def inspect_command(
         spec = opt.text_spec(data, text_column, checkpoint, 4096, sequence_length)
         with StudyBars(quiet=quiet) as bars:
             text = prepare(spec.replace(seed=seed), progress=bars.preparing())
-        model = nn.Module.to(load_model(checkpoint), opt.device_of(device))
+        model = nn.Module.to(load_model(checkpoint), where)
         found = token_routing(model, text.train, text.tokenizer, text.groups, max_batches=batches)
         _write(structure, found, output)
     if as_json:
@@ -79,9 +80,7 @@ def inspect_command(
     if found is not None:
         _show_routing(found)
         typer.echo(f"Report: {output / 'report.html'}")
-
-
-inspect_command.__doc__ = f"{inspect_command.__doc__}\n\n{EXAMPLES}"
+        typer.echo(f"Raw results: {output / 'inspection.json'}")
 
 
 def _plain(structure: CheckpointStructure, found: TokenRouting | None) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def _show(structure: CheckpointStructure) -> None:
 
 
 def _parts(structure: CheckpointStructure) -> Table:
-    table = Table("part", title="Parameters by part")
+    table = Table("part", title="Parameters by part", box=box.SIMPLE_HEAD)
     table.add_column("parameters", justify="right")
     table.add_column("share", justify="right")
     for part, count in structure.parameters.items():
@@ -140,9 +139,11 @@ def _parts(structure: CheckpointStructure) -> Table:
 
 
 def _layers(structure: CheckpointStructure) -> Table:
-    table = Table("MoE layer", title="MoE layers")
-    for name in ("experts", "experts a token", "parameters an expert", "shared parameters"):
-        table.add_column(name, justify="right")
+    table = Table(title="MoE layers", box=box.SIMPLE_HEAD)
+    table.add_column("MoE layer", overflow="fold")
+    columns = ("experts", "experts\na token", "parameters\nan expert", "shared\nparameters")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     for layer in structure.moe_layers:
         table.add_row(
             layer.name,
@@ -155,9 +156,10 @@ def _layers(structure: CheckpointStructure) -> Table:
 
 
 def _show_routing(found: TokenRouting) -> None:
-    table = Table("MoE layer", title="Routing")
-    for name in ("max/mean load", "unused experts", "entropy (nats)", "experts a token"):
-        table.add_column(name, justify="right")
+    table = Table("MoE layer", title="Routing", box=box.SIMPLE_HEAD)
+    columns = ("load\nmax/mean", "unused\nexperts", "entropy\nnats", "experts\na token")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     for index, layer in enumerate(found.statistics.summary()["layers"]):
         entropy = layer["entropy"]
         table.add_row(

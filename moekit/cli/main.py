@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
 
+import torch
 import typer
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import moekit
-from moekit.cli.compare import compare_command
-from moekit.cli.generate import generate_command
-from moekit.cli.inspect import inspect_command
-from moekit.cli.systems import reproduce_command, systems_command
-from moekit.cli.train import train_command
+from moekit.cli import compare, generate, systems, train
+from moekit.cli import inspect as inspection
+from moekit.compare.run import first_line
 from moekit.errors import MoekitError
+
+INTERRUPTED = 130  # the exit code that typer gives a command ended by control-C
 
 
 def _version(wanted: bool) -> None:
@@ -42,23 +45,63 @@ def build() -> typer.Typer:
     ) -> None:
         """Sparse mixture-of-experts models: compare designs on your text, train, inspect."""
 
-    app.command("compare")(compare_command)
-    app.command("train")(train_command)
-    app.command("inspect")(inspect_command)
-    app.command("generate")(generate_command)
-    app.command("systems")(systems_command)
-    app.command("reproduce")(reproduce_command)
+    def add(name: str, command: Callable[..., None], examples: str) -> None:
+        app.command(name, help=_flowing(command), epilog=f"Examples:\n{examples}")(command)
+
+    add("compare", compare.compare_command, compare.EXAMPLES)
+    add("train", train.train_command, train.EXAMPLES)
+    add("inspect", inspection.inspect_command, inspection.EXAMPLES)
+    add("generate", generate.generate_command, generate.EXAMPLES)
+    add("systems", systems.systems_command, systems.SYSTEMS_EXAMPLES)
+    add("reproduce", systems.reproduce_command, systems.REPRODUCE_EXAMPLES)
     return app
+
+
+def _flowing(command: Callable[..., Any]) -> str:
+    """The docstring with a line a paragraph, which help pages wrap at their own width."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def main() -> None:
     """Run the command; a user's mistake ends with one sentence and exit code 2."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # the commands have their own
+    set_verbosity_error()  # type: ignore[no-untyped-call]  # what matters of it, we say ourselves
     try:
         build()()
-    except MoekitError as error:
-        print(f"moekit: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("moekit: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        _end(_STOPPED, INTERRUPTED)
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        _end(sentence, 2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _end(_STOPPED, INTERRUPTED)
+        raise
+
+
+_STOPPED = "stopped; run the same command again to go on"
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    print(f"moekit: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell the user; None for a defect of moekit, which needs its stack trace."""
+    if isinstance(error, MoekitError):
+        return str(error)
+    if _out_of_memory(error):
+        return "out of memory; use a smaller batch, shorter sequences or a smaller model"
+    if type(error).__module__.startswith("wandb."):
+        return f"wandb refuses to track: {first_line(error)}; log in to it or leave it out"
+    return None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; on the CPU torch has no error of its own for it."""
+    own = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return own or "allocate memory" in str(error) or "size calculation overflowed" in str(error)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from moekit.compare import Design, ModelSpec, load_design
 from moekit.data import TextSpec
 from moekit.errors import OutputError, SpecError
 from moekit.systems import Shape, find
 from moekit.training import TrainingSpec
+
+LARGEST = 1_000_000  # of any size; what is larger overflows in a library and not here
 
 Data = Annotated[
     str,
@@ -28,7 +32,9 @@ Tokenizer = Annotated[
     str | None,
     typer.Option(help="Folder or hub name of a tokenizer. Default: train one on the text."),
 ]
-VocabSize = Annotated[int, typer.Option(help="Vocabulary of the tokenizer that is trained.")]
+VocabSize = Annotated[
+    int, typer.Option(help="Vocabulary of the tokenizer that is trained.", max=LARGEST)
+]
 SequenceLength = Annotated[int, typer.Option(help="Tokens in a training sequence.")]
 Steps = Annotated[int, typer.Option(help="Optimiser steps of each run.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences an optimiser step, over all processes.")]
@@ -44,12 +50,14 @@ Precision = Annotated[
 Checkpointing = Annotated[
     bool, typer.Option(help="Recompute activations in the backward pass to save memory.")
 ]
-Width = Annotated[int, typer.Option(help="Model width.")]
-Depth = Annotated[int, typer.Option(help="Number of layers.")]
+Width = Annotated[int, typer.Option(help="Model width.", max=LARGEST)]
+Depth = Annotated[int, typer.Option(help="Number of layers.", max=LARGEST)]
 Heads = Annotated[int, typer.Option(help="Attention heads.")]
 KvHeads = Annotated[int, typer.Option(help="Heads of keys and values.")]
-Experts = Annotated[int, typer.Option(help="Feed-forward experts of named designs.")]
-Hidden = Annotated[int, typer.Option(help="Hidden width of each expert of named designs.")]
+Experts = Annotated[int, typer.Option(help="Feed-forward experts of named designs.", max=LARGEST)]
+Hidden = Annotated[
+    int, typer.Option(help="Hidden width of each expert of named designs.", max=LARGEST)
+]
 TopKOption = Annotated[int, typer.Option("--k", help="Experts a token of named designs.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU if there is one.")]
@@ -87,9 +95,11 @@ def device_of(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        kind = torch.empty(0, device=name).device.type
     except (RuntimeError, AssertionError):
-        raise SpecError(f"there is no device {name!r} here; try --device cpu") from None
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise SpecError(f"there is no device {name!r} here; try --device cpu")
     return name
 
 
@@ -104,19 +114,31 @@ def precision_of(name: str, device: str) -> str:
 
 
 def trackers(names: str) -> tuple[str, ...]:
-    """The trackers in a comma-separated list."""
-    return tuple(name.strip() for name in names.split(",") if name.strip())
+    """The trackers in a comma-separated list.
+
+    Raises:
+        SpecError: transformers does not know one.
+    """
+    wanted = tuple(name.strip() for name in names.split(",") if name.strip())
+    for name in wanted:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise SpecError(
+                f"--report-to has {name!r}; known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+    return wanted
 
 
 def require_writable(folder: Path) -> None:
     """Refuse an output folder that cannot be written, before any work is done.
 
+    The folder is not made yet, so that a mistake in another option leaves nothing behind.
+
     Raises:
         OutputError: it is a file, or it cannot be made or written.
     """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    probe = nearest / f".moekit-{secrets.token_hex(4)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".moekit-writable"
         probe.touch()
         probe.unlink()
     except OSError as error:

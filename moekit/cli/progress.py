@@ -41,7 +41,8 @@ class StudyBars:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bars.stop()
+        if self._console.is_terminal:
+            self._bars.stop()
 
     def preparing(self) -> ProgressHook:
         """A bar for reading, tokenising and packing the text."""
@@ -57,11 +58,11 @@ class StudyBars:
 
     def found(self, design: str, seed: int) -> None:
         """Say that a run was finished earlier."""
-        self._console.print(f"{design}, seed {seed}: finished earlier", highlight=False)
+        self._say(f"{design}, seed {seed}: finished earlier")
 
     def timing(self) -> None:
         """Say that the expert phases are being timed."""
-        self._console.print("timing the expert phases", highlight=False)
+        self._say("timing the expert phases")
 
     def _prepare(self, description: str, done: int, total: int | None) -> None:
         if not self._console.is_terminal:
@@ -69,11 +70,14 @@ class StudyBars:
             if now - self._said > 10:
                 self._said = now
                 of = "" if total is None else f" of {total}"
-                self._console.print(f"{description}: {done}{of}", highlight=False)
+                self._say(f"{description}: {done}{of}")
             return
         if self._reading is None:
             self._reading = self._bars.add_task(description, total=total, loss="", speed="")
         self._bars.update(self._reading, description=description, completed=done, total=total)
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _drop_reading(self) -> None:
         if self._reading is not None:
@@ -82,7 +86,7 @@ class StudyBars:
 
     def _show_whole(self, index: int, total: int) -> None:
         if not self._console.is_terminal:
-            self._console.print(f"run {index + 1} of {total}", highlight=False)
+            self._say(f"run {index + 1} of {total}")
             return
         if self._whole is None:
             self._whole = self._bars.add_task("all runs", total=total, loss="", speed="")

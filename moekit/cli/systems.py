@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moekit.cli import options as opt
 from moekit.cli.progress import StudyBars
@@ -16,24 +18,26 @@ from moekit.compare.record import write_json
 from moekit.errors import SpecError
 from moekit.systems import Laboratory, Reproduction, System, baselines, find, systems
 
+SYSTEMS_EXAMPLES = """\
+  moekit systems
+  moekit systems --available --json
+"""
+REPRODUCE_EXAMPLES = """\
+  moekit reproduce moepp --quick
+  moekit reproduce remoe --output runs/remoe
+"""
+
 
 def systems_command(
     available: Annotated[bool, typer.Option("--available", help="Only those built.")] = False,
     as_json: opt.Json = False,
 ) -> None:
-    """List every system: what it is made of, whether this version has it, how to use it.
-
-    Examples:
-
-      moekit systems
-
-      moekit systems --available --json
-    """
+    """List every system: what it is made of, whether this version has it, how to use it."""
     rows = [s for s in (*baselines(), *systems()) if s.available or not available]
     if as_json:
         typer.echo(json.dumps([_plain(system) for system in rows], indent=1, ensure_ascii=False))
         return
-    table = Table(title="Systems", show_lines=False)
+    table = Table(title="Systems", box=box.SIMPLE_HEAD)
     for name in ("name", "what it is", "made of", "available", "use"):
         table.add_column(name, overflow="fold")
     for system in rows:
@@ -55,23 +59,18 @@ def reproduce_command(
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Run a system's experiment against its baselines: claim, measured result, verdict.
-
-    Examples:
-
-      moekit reproduce moepp --quick
-
-      moekit reproduce remoe --output runs/remoe
-    """
+    """Run a system's experiment against its baselines: claim, measured result, verdict."""
     system = find(name)
     if system.experiment is None:
         raise SpecError(
             f"{name} has no experiment; those that have one: {', '.join(_reproducible())}"
         )
     folder = output or Path("moekit-reproduce") / (f"{name}-quick" if quick else name)
+    where = opt.device_of(device)
     opt.require_writable(folder)
     with StudyBars(quiet=quiet) as bars:
-        laboratory = Laboratory(folder, quick, seed, opt.device_of(device), bars)
+        laboratory = Laboratory(folder, quick, seed, where, bars)
+        laboratory.claim(name)
         result = system.experiment(laboratory)
     write_json(folder / "reproduction.json", result.to_dict())
     if as_json:
@@ -94,19 +93,23 @@ def _show(result: Reproduction, system: System, folder: Path) -> None:
     console = Console(highlight=False)
     console.print(f"{system.title} ({system.paper})", markup=False)
     console.print(result.setting, markup=False)
-    table = Table()
-    columns = list(dict.fromkeys(name for row in result.table for name in row))
-    shown = [name for name in columns if name not in ("causal", "seeds")]
-    for name in shown:
-        table.add_column(name.replace("_", " "), justify="left" if name == "design" else "right")
-    for row in result.table:
-        table.add_row(*(_cell(row.get(name)) for name in shown))
-    console.print(table)
+    console.print(_measures(result.table))
     for finding in result.findings:
         console.print(f"\nclaim     {finding.claim}", markup=False)
         console.print(f"measured  {finding.measured}", markup=False)
         console.print(f"verdict   {finding.verdict}", markup=False)
-    console.print(f"\nResults: {folder / 'reproduction.json'}", markup=False)
+    console.print(f"\nResults: {folder / 'reproduction.json'}", markup=False, soft_wrap=True)
+
+
+def _measures(rows: list[dict[str, Any]]) -> Table:
+    """A row a measure and a column a design, which fits a narrow terminal."""
+    table = Table("", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_column(Text(str(row["design"])), justify="right", overflow="fold")
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name not in ("design", "causal", "seeds"):
+            table.add_row(name.replace("_", " "), *(_cell(row.get(name)) for row in rows))
+    return table
 
 
 def _cell(value: Any) -> str:

@@ -14,17 +14,15 @@ from moekit.cli import options as opt
 from moekit.cli.progress import StudyBars
 from moekit.compare.run import build_model, on_device, save_model
 from moekit.data import prepare
+from moekit.errors import OutputError
 from moekit.systems import Shape
 from moekit.training import RichProgress, SilentProgress, train
+from moekit.training.run import RECORD
 
-EXAMPLES = """
-Examples:
-
+EXAMPLES = """\
   moekit train --design moepp --data my/texts --steps 2000 --output runs/moepp
-
   moekit train --design my_design.json --report-to tensorboard
-
-  torchrun --nproc-per-node 2 -m moekit train --design topk --output runs/topk
+  torchrun --nproc-per-node 2 -m moekit train --output runs/topk
 """
 
 
@@ -76,6 +74,8 @@ def train_command(
         seed,
     )
     opt.require_writable(output)
+    _require_own(output)
+    followers = opt.trackers(report_to)
     with StudyBars(quiet=quiet) as bars:
         prepared = prepare(text, progress=bars.preparing())
     model = build_model(chosen, opt.model_spec(width, depth, heads, kv_heads), prepared, seed)
@@ -84,7 +84,7 @@ def train_command(
         prepared,
         training,
         output / "training",
-        report_to=opt.trackers(report_to),
+        report_to=followers,
         progress=SilentProgress() if quiet else RichProgress(),
         description=chosen.name,
     )
@@ -112,4 +112,9 @@ def train_command(
     console.print(f"Model: {output / 'model'}", markup=False)
 
 
-train_command.__doc__ = f"{train_command.__doc__}\n\n{EXAMPLES}"
+def _require_own(output: Path) -> None:
+    """Refuse to replace a folder of the model's name that no training of ours has left."""
+    if (output / "model").exists() and not (output / "training" / RECORD).exists():
+        raise OutputError(
+            f"{output / 'model'} is there already and would be replaced; choose another --output"
+        )

@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import torch
+
 from moekit.dispatch import Capacity
 from moekit.errors import SpecError
 from moekit.experts import Bank, ExpertsSpec, FeedForwardSpec
 from moekit.layer import MoESpec
 from moekit.models.language import MoEDecoderConfig
-from moekit.routing import Pathway
+from moekit.routing import Site
+from moekit.routing.router import ZERO_COMPUTATION
 from moekit.spec import Spec
 
 LayerSpec = MoESpec | FeedForwardSpec
-Cost = Callable[[LayerSpec, int], float]
+Cost = Callable[[LayerSpec, int, int | None], float]
 E = TypeVar("E", bound=ExpertsSpec)
 
+LONGEST_NAME = 100
 UNIT = 8  # hidden widths are multiples of this, which keeps row strides at 16 bytes in bfloat16
 
 
@@ -67,6 +71,11 @@ class Design(Spec):
 
     def check(self) -> None:
         self.require(self.name.strip() != "", "name is empty; give the design a name")
+        self.require(
+            self.name.isprintable() and len(self.name) <= LONGEST_NAME,
+            f"name {self.name[:LONGEST_NAME]!r} is no label; wanted one line of at most "
+            f"{LONGEST_NAME} characters",
+        )
         self.require(len(self.layers) > 0, "it has no layers; give at least one")
 
     @property
@@ -126,7 +135,9 @@ def load_design(path: Path) -> Design:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise SpecError(f"the design {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"{path} is not a design in JSON: {error}") from None
     if isinstance(data, dict) and data.get("kind") in ("Design", None):
         return Design.from_dict({"kind": "Design", "name": path.stem, **data})
@@ -159,7 +170,11 @@ def _resized_to(
 
 
 def _total(design: Design, model: ModelSpec, cost: Cost) -> float:
-    return sum(cost(spec, model.width) for spec in design.at_depth(model.depth))
+    total, previous = 0.0, None
+    for spec in design.at_depth(model.depth):
+        total += cost(spec, model.width, previous)
+        previous = len(spec.experts.expert_kinds()) if isinstance(spec, MoESpec) else previous
+    return total
 
 
 def _scaled(spec: LayerSpec, factor: float) -> LayerSpec:
@@ -177,37 +192,66 @@ def _wider(experts: E, factor: float) -> E:
     return experts
 
 
-def _active_parameters(spec: LayerSpec, width: int) -> float:
-    """Expected parameters of a feed-forward part that one token uses."""
+def _active_parameters(spec: LayerSpec, width: int, previous: int | None) -> float:
+    """Expected parameters of a feed-forward part that one token uses.
+
+    They differ from those of :func:`moekit.measure.parameter_counts` by what all designs share.
+    """
     if isinstance(spec, FeedForwardSpec):
         return spec.parameters_E(width)[0]
     shared = 0 if spec.shared is None else spec.shared.parameters_E(width)[0]
-    router = width * len(spec.experts.expert_kinds())
-    return shared + router + spec.expected_load() * _mean_expert(spec, width)
+    always = shared + _unconditional(spec, width, previous)
+    return always + spec.expected_load() * _mean_expert(spec.experts, width)
 
 
-def _forward_flops(spec: LayerSpec, width: int) -> float:
-    """Expected floating-point operations of a feed-forward part for one token, forward."""
+def _forward_flops(spec: LayerSpec, width: int, previous: int | None) -> float:
+    """Expected floating-point operations of a feed-forward part for one token, forward.
+
+    Two for each matrix entry that the token meets.
+    """
     if isinstance(spec, FeedForwardSpec):
-        return 2 * spec.replace(bias=False).parameters_E(width)[0]
-    shared = 0 if spec.shared is None else _forward_flops(spec.shared, width)
-    experts = len(spec.experts.expert_kinds())
-    residual = experts**2 if isinstance(spec.router, Pathway) else 0
-    return shared + 2 * (width * experts + residual + _rows(spec) * _mean_expert(spec, width))
+        return 2 * _without_bias(spec).parameters_E(width)[0]
+    shared = 0 if spec.shared is None else _without_bias(spec.shared).parameters_E(width)[0]
+    always = shared + _unconditional(spec, width, previous)
+    return 2 * (always + _rows(spec) * _mean_expert(_without_bias(spec.experts), width))
+
+
+def _unconditional(spec: MoESpec, width: int, previous: int | None) -> int:
+    """Parameters of an MoE layer that every token meets: router, gate, zero-computation experts."""
+    kinds = spec.experts.expert_kinds()
+    with torch.device("meta"):
+        router = spec.router.build(Site(width, kinds, previous, vocabulary=1))
+    sizes = zip(spec.experts.parameters_E(width), kinds, strict=True)
+    cheap = sum(size for size, kind in sizes if kind in ZERO_COMPUTATION)
+    gate = width if spec.shared_gate else 0
+    return sum(p.numel() for p in router.parameters()) + cheap + gate
+
+
+def _without_bias(experts: E) -> E:
+    if isinstance(experts, Bank):
+        return experts.replace(parts=tuple(_without_bias(part) for part in experts.parts))
+    return experts.replace(bias=False) if isinstance(experts, FeedForwardSpec) else experts
 
 
 def _rows(spec: MoESpec) -> float:
     """Expected rows a token that reach a product, the places of padded dispatch included."""
     if isinstance(spec.dispatch, Capacity) and spec.dispatch.pad:
-        kinds = spec.experts.expert_kinds()
-        shares = [1.0 if kind != "feed_forward" else spec.dispatch.tau for kind in kinds]
-        working = sum(s for s, kind in zip(shares, kinds, strict=True) if kind == "feed_forward")
+        shares = [
+            1.0 if kind in ZERO_COMPUTATION else spec.dispatch.tau
+            for kind in spec.experts.expert_kinds()
+        ]
+        working = sum(
+            share
+            for share, kind in zip(shares, spec.experts.expert_kinds(), strict=True)
+            if kind not in ZERO_COMPUTATION
+        )
         slots = getattr(spec.router, "k", 1)
         return spec.dispatch.factor * slots * working / sum(shares)
     return spec.expected_load()
 
 
-def _mean_expert(spec: MoESpec, width: int) -> float:
-    sizes = zip(spec.experts.parameters_E(width), spec.experts.expert_kinds(), strict=True)
-    working = [size for size, kind in sizes if kind == "feed_forward"]
+def _mean_expert(experts: ExpertsSpec, width: int) -> float:
+    """Parameters of a dispatched expert, in the mean."""
+    sizes = zip(experts.parameters_E(width), experts.expert_kinds(), strict=True)
+    working = [size for size, kind in sizes if kind not in ZERO_COMPUTATION]
     return sum(working) / len(working)

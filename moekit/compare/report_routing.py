@@ -7,6 +7,7 @@ from typing import Any
 
 from moekit.compare.record import RunRecord
 from moekit.compare.study import Study
+from moekit.layer import MoESpec
 from moekit.measure.report import (
     Block,
     Column,
@@ -17,6 +18,7 @@ from moekit.measure.report import (
     Table,
     sparsity_and_penalty,
 )
+from moekit.routing import L1Balance
 
 
 def routed_models(study: Study) -> list[RoutedModel]:
@@ -73,8 +75,12 @@ def _coefficients(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _target_sparsity(study: Study, design: str) -> float:
+    """``1 - k / E`` of the first layer whose penalty is controlled."""
     layers = next(d for d in study.spec.designs if d.name == design).layers
-    losses = [loss for spec in layers for loss in getattr(spec, "losses", ())]
-    k = next(loss.k for loss in losses if hasattr(loss, "alpha"))
-    spec = next(spec for spec in layers if getattr(spec, "losses", ()))
-    return 1 - k / len(spec.experts.expert_kinds())  # type: ignore[union-attr]
+    return next(
+        1 - loss.k / len(spec.experts.expert_kinds())
+        for spec in layers
+        if isinstance(spec, MoESpec)
+        for loss in spec.losses
+        if isinstance(loss, L1Balance)
+    )

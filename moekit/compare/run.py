@@ -32,6 +32,7 @@ from moekit.measure import (
 from moekit.measure.report import plain_routing
 from moekit.models.language import MoEDecoderForCausalLM
 from moekit.training import ProgressReporter, TrainingResult, TrainingSpec, train
+from moekit.training.checkpoints import saving_to
 
 PHASE_BATCHES = 4
 TOKEN_BATCHES = 40
@@ -78,9 +79,12 @@ class RunPlace:
             ) from None
 
     def finish(self, record: RunRecord) -> None:
-        """Keep the record, and drop the training state, which nobody needs any more."""
+        """Keep the record and the tracker's logs, and drop the training state."""
+        training = self.folder / "training"
+        if (training / "runs").is_dir():  # where transformers puts TensorBoard's files
+            shutil.copytree(training / "runs", self.folder / "logs", dirs_exist_ok=True)
         write_json(self.folder / "record.json", record.to_dict())
-        shutil.rmtree(self.folder / "training", ignore_errors=True)
+        shutil.rmtree(training, ignore_errors=True)
 
 
 def folder_name(design: str) -> str:
@@ -138,8 +142,25 @@ def measure_phases(
 
 
 def load_trained(place: RunPlace, device: str) -> MoEDecoderForCausalLM:
-    """The trained model of a finished run, in evaluation mode."""
-    return on_device(MoEDecoderForCausalLM.from_pretrained(place.model), device)
+    """The trained model of a finished run, in evaluation mode.
+
+    Raises:
+        CheckpointError: it was damaged or removed since.
+    """
+    try:
+        model = MoEDecoderForCausalLM.from_pretrained(place.model, local_files_only=True)
+    except Exception as error:  # transformers and safetensors raise a dozen kinds
+        raise CheckpointError(
+            f"{place.model} cannot be loaded ({first_line(error)}); "
+            f"delete {place.folder} to run it again"
+        ) from None
+    return on_device(model, device)
+
+
+def first_line(error: Exception) -> str:
+    """What a foreign error says, in a line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def on_device(model: MoEDecoderForCausalLM, device: str) -> MoEDecoderForCausalLM:
@@ -194,10 +215,17 @@ def _training_flops(
     """
     if not model.moe_layers:
         return 3 * flops * result.tokens
-    logged = [row["routing"]["rows_per_token"] for row in result.history if "routing" in row]
     a_row = [2 * _matrix_parameters(layer) for layer in model.moe_layers]
-    extra = (statistics.fmean(logged) - statistics.fmean(rows)) * sum(a_row)
+    extra = (_rows_in_training(result) - statistics.fmean(rows)) * sum(a_row)
     return 3 * (flops + extra) * result.tokens
+
+
+def _rows_in_training(result: TrainingResult) -> float:
+    """Product rows a token and layer, mean over steps; a log row covers those since the last."""
+    logged = [row for row in result.history if "routing" in row]
+    steps = [row["step"] for row in logged]
+    lengths = [now - before for before, now in zip([0, *steps], steps, strict=False)]
+    return statistics.fmean([row["routing"]["rows_per_token"] for row in logged], lengths)
 
 
 def _matrix_parameters(layer: MoE) -> float:
@@ -229,10 +257,17 @@ def _batch(dataset: PackedDataset, start: int, size: int) -> torch.Tensor:
 
 
 def save_model(model: MoEDecoderForCausalLM, data: TextData, folder: Path) -> None:
-    """Save model and tokenizer whole or not at all, as a checkpoint that transformers loads."""
+    """Save model and tokenizer whole or not at all, as a checkpoint that transformers loads.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
-    data.tokenizer.save_pretrained(str(scratch))
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    with saving_to(folder):
+        model.save_pretrained(scratch)
+        data.tokenizer.save_pretrained(str(scratch))
+        for weights in scratch.glob("*.safetensors"):  # safetensors makes them private
+            shutil.copymode(scratch / "config.json", weights)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)

@@ -18,6 +18,8 @@ from moekit.measure import ExpertPhaseResult
 from moekit.spec import Spec
 from moekit.training import ProgressReporter, TrainingSpec
 
+CLAIM = "study.json"  # says whose folder it is
+
 
 @dataclass(frozen=True)
 class StudySpec(Spec):
@@ -137,8 +139,9 @@ def compare(
         DivergedError: a loss stopped being finite.
     """
     spec = spec.matched()
-    _claim(output, spec)
+    _require_free(output, spec)
     data = prepare(spec.text, progress=progress.preparing())
+    write_json(output / CLAIM, spec.to_dict())
     records = []
     runs = [(design, seed) for seed in spec.seeds for design in spec.designs]
     for index, (design, seed) in enumerate(runs):
@@ -164,8 +167,7 @@ def _phases(
     """The expert phases, timed once a study."""
     path = output / "expert_phase.json"
     if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return {name: ExpertPhaseResult(**values) for name, values in stored.items()}
+        return _stored_phases(path)
     progress.timing()
     places = {d.name: RunPlace(output / "runs", d.name, spec.seeds[0]) for d in spec.designs}
     phases = measure_phases(places, data.validation, spec.training.batch_size, device)
@@ -173,21 +175,34 @@ def _phases(
     return phases
 
 
-def _claim(output: Path, spec: StudySpec) -> None:
-    """Write down whose folder this is, or refuse it if it is another study's."""
-    path = output / "study.json"
+def _stored_phases(path: Path) -> dict[str, ExpertPhaseResult]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {name: ExpertPhaseResult(**values) for name, values in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise OutputError(f"{path} cannot be read ({error}); delete it to time again") from None
+
+
+def _has_results(output: Path) -> bool:
+    """Whether a run of the study is finished or has a checkpoint."""
+    runs = output / "runs"
+    return any(runs.glob("*/record.json")) or any(runs.glob("*/training/checkpoint-*"))
+
+
+def _require_free(output: Path, spec: StudySpec) -> None:
+    """Refuse a folder with results of another study, or one that is not empty and no study's."""
+    path = output / CLAIM
     if not path.exists():
         if output.is_dir() and any(output.iterdir()):
             raise OutputError(
                 f"{output} is not empty and holds no study; choose another folder with --output"
             )
-        write_json(path, spec.to_dict())
         return
     try:
         stored = StudySpec.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read ({error}); choose another folder") from None
-    if stored != spec:
+    if stored != spec and _has_results(output):
         changed = [name for name in vars(spec) if getattr(stored, name) != getattr(spec, name)]
         raise OutputError(
             f"{output} holds a study with other {', '.join(changed)}; "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from moekit.compare import StudyProgress
+from moekit.compare.record import write_json
+from moekit.errors import OutputError
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 
@@ -65,6 +68,33 @@ class Laboratory:
     seed: int
     device: str
     progress: StudyProgress
+
+    def claim(self, system: str) -> None:
+        """Write down that the folder belongs to this experiment.
+
+        Raises:
+            OutputError: it belongs to another one, or holds something else.
+        """
+        path = self.output / "experiment.json"
+        wanted = {"system": system, "quick": self.quick, "seed": self.seed}
+        if path.exists() and _stored(path) != wanted:
+            raise OutputError(
+                f"{self.output} holds another experiment, or the same with another seed or length; "
+                "choose another folder with --output"
+            )
+        if not path.exists() and self.output.is_dir() and any(self.output.iterdir()):
+            raise OutputError(
+                f"{self.output} is not empty and holds no experiment; "
+                "choose another folder with --output"
+            )
+        write_json(path, wanted)
+
+
+def _stored(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 Experiment = Callable[[Laboratory], Reproduction]

@@ -50,7 +50,7 @@ def experiment(lab: Laboratory) -> Reproduction:
     names = {tau: f"moepp τ={tau}" for tau in TAUS}
     designs = (top_k(shape), *(moepp(shape, tau, name) for tau, name in names.items()))
     spec = small_model_study(designs, quick=lab.quick, seed=lab.seed)
-    study = compare(spec, lab.output, progress=lab.progress, device=lab.device)
+    study = compare(spec, lab.output / "study", progress=lab.progress, device=lab.device)
     return Reproduction(
         system="moepp",
         setting=spec.describe(),

@@ -1,0 +1,42 @@
+"""Loading a checkpoint that a user names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import moekit.models.language  # noqa: F401  (registers our checkpoints with transformers)
+from moekit.compare.run import first_line
+from moekit.errors import CheckpointError
+from moekit.measure import inspect_checkpoint
+
+
+def load_model(checkpoint: str) -> PreTrainedModel:
+    """A causal language model, moekit's or any of transformers, without running its code.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or incomplete.
+    """
+    inspect_checkpoint(checkpoint)  # a damaged file is named before anything is loaded
+    folder = Path(checkpoint).expanduser()
+    local = folder.is_dir()
+    loader: Any = AutoModelForCausalLM
+    try:
+        model, found = loader.from_pretrained(
+            str(folder) if local else checkpoint,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=local,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers and safetensors raise a dozen kinds
+        raise CheckpointError(f"{checkpoint} cannot be loaded: {first_line(error)}") from None
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise CheckpointError(
+            f"{checkpoint} is incomplete: it lacks {names[0]}"
+            + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
+        )
+    return model
