@@ -38,7 +38,7 @@ def compare_command(
     data: opt.Data = "stdlib",
     output: opt.Output = Path("moekit-compare"),
     seeds: Annotated[int, typer.Option(help="Seeds a design; three give an uncertainty.")] = 1,
-    steps: opt.Steps = 200,
+    steps: opt.Steps = 250,
     match: Annotated[
         str,
         typer.Option(
@@ -48,8 +48,8 @@ def compare_command(
     ] = "active",
     batch_size: opt.BatchSize = 16,
     accumulate: opt.Accumulate = 1,
-    sequence_length: opt.SequenceLength = 256,
-    vocab_size: opt.VocabSize = 4096,
+    sequence_length: opt.SequenceLength = 128,
+    vocab_size: opt.VocabSize = 2048,
     tokenizer: opt.Tokenizer = None,
     text_column: opt.TextColumn = None,
     learning_rate: opt.LearningRate = 3e-3,
