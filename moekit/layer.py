@@ -66,7 +66,7 @@ class MoESpec(Spec):
         """The layer for rows of ``width``.
 
         Args:
-            previous: number of experts of the nearest MoE layer below, if any.
+            previous: number of experts of the nearest MoE layer below with logits, if any.
             vocabulary: number of token ids, for routers that look at them.
 
         Raises:
@@ -87,6 +87,15 @@ class MoESpec(Spec):
             shared=shared,
             shared_gate=gate,
         )
+
+    def handed_on(self, previous: int | None) -> int | None:
+        """Width of the logits that the next layer is handed, if ``previous`` reached this one.
+
+        A router without logits, such as a hash, hands on what it was handed.
+        """
+        if self.router.scores == "nothing":
+            return previous
+        return len(self.experts.expert_kinds())
 
     def expected_load(self) -> float:
         """Dispatched experts a token once the balance loss has settled.
@@ -164,7 +173,9 @@ class MoE(nn.Module):
             routing=routing,
             rows_E=done.rows_E,
             dropped=(routing.used_NK & ~done.routing.used_NK).sum(),
-            carry=carry.replace(logits_NE=routing.logits_NE),
+            carry=carry
+            if routing.logits_NE is None
+            else carry.replace(logits_NE=routing.logits_NE),
         )
 
     def _shared(self, x_ND: Tensor) -> Tensor:

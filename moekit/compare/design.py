@@ -173,7 +173,7 @@ def _total(design: Design, model: ModelSpec, cost: Cost) -> float:
     total, previous = 0.0, None
     for spec in design.at_depth(model.depth):
         total += cost(spec, model.width, previous)
-        previous = len(spec.experts.expert_kinds()) if isinstance(spec, MoESpec) else previous
+        previous = spec.handed_on(previous) if isinstance(spec, MoESpec) else previous
     return total
 
 

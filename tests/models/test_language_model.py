@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from moekit import (
     Bank,
     Constant,
+    Hash,
     HeterogeneousBalance,
     L1Balance,
     MoESpec,
@@ -24,7 +25,7 @@ from moekit import (
     Zero,
 )
 from moekit.errors import SignalError, SpecError
-from moekit.models.language import DenseFeedForward
+from moekit.models.language import DenseFeedForward, MoEDecoderConfig, MoEDecoderForCausalLM
 from moekit.routing import Carry, Load, Signals
 
 DENSE = SwiGLU(count=1, hidden=48)
@@ -318,3 +319,22 @@ def test_training_lowers_the_loss(layers, build, ids):
         losses.append(output.cross_entropy.item())
     assert losses[-1] < 0.6 * losses[0]
     assert sum(later < earlier for earlier, later in pairwise(losses)) >= 8
+
+
+def test_gating_residuals_reach_over_a_layer_whose_router_has_no_logits() -> None:
+    pathway = MoESpec(Pathway(k=2), SwiGLU(count=4, hidden=8))
+    hashed = MoESpec(Hash(k=1), SwiGLU(count=3, hidden=8))
+    config = MoEDecoderConfig(
+        vocab_size=16,
+        hidden_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        layers=[pathway, hashed, pathway],
+    )
+    torch.manual_seed(0)
+    model = MoEDecoderForCausalLM(config)
+    ids = torch.arange(6)[None]
+    model(ids).logits[..., 0].sum().backward()
+    gate_map = model.moe_layers[2].router.gate_map
+    assert gate_map.shape == (4, 4)
+    assert gate_map.grad.abs().sum() > 0

@@ -190,7 +190,7 @@ def _layers(config: MoEDecoderConfig) -> Iterable[MoEDecoderLayer]:
     for index, spec in enumerate(config.layer_specs):
         yield MoEDecoderLayer(config, index, spec, previous)
         if not isinstance(spec, FeedForwardSpec):
-            previous = len(spec.experts.expert_kinds())
+            previous = spec.handed_on(previous)
 
 
 def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
