@@ -160,7 +160,7 @@ def test_design_files(tmp_path: Path) -> None:
         (b'{"kind": "SwiGLU", "count": 1, "hidden": -8}', "hidden"),
         (b'{"kind": "SwiGLU", "count": 1, "hiden": 8}', "did you mean hidden"),
         (b'{"kind": "Design", "name": "x", "layers": []}', "no layers"),
-        (b'{"kind": "Design", "name": "", "layers": [{"kind": "SwiGLU"}]}', "missing"),
+        (b'{"kind": "Design", "name": "", "layers": [{"kind": "SwiGLU"}]}', "name is empty"),
         (
             b'{"kind": "MoESpec", "router": {"kind": "TopK", "k": 9}, '
             b'"experts": {"kind": "SwiGLU", "count": 8, "hidden": 8}}',

@@ -209,12 +209,12 @@ def test_training_operations_follow_the_rows_of_each_step(
     counted = 0
     forward = MoEDecoderForCausalLM.forward
 
-    def counting(model: MoEDecoderForCausalLM, **named: Any) -> Any:
+    def counting(model: MoEDecoderForCausalLM, *inputs: Any, **named: Any) -> Any:
         nonlocal counted
         if not model.training:
-            return forward(model, **named)
+            return forward(model, *inputs, **named)
         with flop_counter() as counter:
-            output = forward(model, **named)
+            output = forward(model, *inputs, **named)
         counted += counter.get_total_flops()
         return output
 
@@ -238,17 +238,22 @@ class _Page(HTMLParser):
         self.text = ""
         self.loads: list[str] = []
         self.rows: list[int] = []
+        self._body = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         if tag == "tbody":
             self.rows.append(0)
-        if tag == "tr" and self.rows:
+            self._body = True
+        if tag == "tr" and self._body:
             self.rows[-1] += 1
         self.loads += [v or "" for n, v in attrs if n in ("src", "srcset", "data", "action")]
         self.loads += [v or "" for n, v in attrs if n == "href" and tag in ("link", "image")]
         assert not [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_endtag(self, tag: str) -> None:
+        self._body = self._body and tag != "tbody"
 
     def handle_data(self, data: str) -> None:
         self.text += data
