@@ -39,11 +39,10 @@ def systems_command(
         return
     table = Table(title="Systems", box=box.SIMPLE_HEAD)
     table.add_column("name", no_wrap=True)
-    for name in ("what it is", "made of", "here", "use"):
+    for name in ("what it is", "made of", "use"):
         table.add_column(name, overflow="fold")
     for system in rows:
-        state = "yes" if system.available else "not yet"
-        table.add_row(system.name, system.title, system.parts, state, system.use)
+        table.add_row(system.name, system.title, system.parts, system.use or "not yet")
     Console().print(table)
 
 

@@ -85,7 +85,7 @@ def study(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["compare", "--designs=moepp,topk", f"--data={text}", f"--output={output}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["moekit", *arguments, "--quiet", *SIZES])
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             main()
     return output
 

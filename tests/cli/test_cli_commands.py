@@ -219,6 +219,7 @@ def test_systems(moekit: Moekit) -> None:
     assert available == [row for row in everything if row["available"]]
     shown = moekit("systems").out
     assert all(f" {row['name']} " in shown for row in everything)
+    assert "…" not in shown
 
 
 def test_reproduce(moekit: Moekit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
