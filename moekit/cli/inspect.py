@@ -18,7 +18,7 @@ from moekit.cli.checkpoint import load_model
 from moekit.cli.progress import StudyBars
 from moekit.compare.record import write_json
 from moekit.data import prepare
-from moekit.errors import SpecError
+from moekit.errors import CheckpointError, SpecError
 from moekit.measure import CheckpointStructure, TokenRouting, inspect_checkpoint, token_routing
 from moekit.measure.report import (
     Code,
@@ -64,6 +64,10 @@ def inspect_command(
     if batches < 1:
         raise SpecError(f"--batches is {batches}; wanted at least 1")
     structure = inspect_checkpoint(checkpoint)
+    if data is not None and not structure.moe_layers:
+        raise CheckpointError(
+            f"{checkpoint} has no MoE layers and so no routing to report; leave --data out"
+        )
     found = None
     if data is not None:
         opt.require_writable(output)

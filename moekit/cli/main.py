@@ -68,7 +68,7 @@ def main() -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]  # the commands have their own
     set_verbosity_error()  # type: ignore[no-untyped-call]  # what matters of it, we say ourselves
     try:
-        build()()
+        build()(prog_name="moekit")
     except KeyboardInterrupt:
         _end(_STOPPED, INTERRUPTED)
     except Exception as error:

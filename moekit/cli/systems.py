@@ -38,11 +38,11 @@ def systems_command(
         typer.echo(json.dumps([_plain(system) for system in rows], indent=1, ensure_ascii=False))
         return
     table = Table(title="Systems", box=box.SIMPLE_HEAD)
-    for name in ("name", "what it is", "made of", "available", "use"):
+    table.add_column("name", no_wrap=True)
+    for name in ("what it is", "made of", "use"):
         table.add_column(name, overflow="fold")
     for system in rows:
-        state = "yes" if system.available else "not yet"
-        table.add_row(system.name, system.title, system.parts, state, system.use)
+        table.add_row(system.name, system.title, system.parts, system.use or "not yet")
     Console().print(table)
 
 

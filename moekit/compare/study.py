@@ -51,6 +51,8 @@ class StudySpec(Spec):
         self.require(len(self.seeds) > 0, "there is no seed; give at least one")
         self.require(len(set(self.seeds)) == len(self.seeds), "a seed is given twice")
         self.require(min(self.seeds, default=0) >= 0, "a seed is negative; wanted 0 or more")
+        for design in self.designs:
+            design.at_depth(self.model.depth)
 
     def matched(self) -> StudySpec:
         """The study with its designs brought to the same cost."""
@@ -178,9 +180,13 @@ def _phases(
 def _stored_phases(path: Path) -> dict[str, ExpertPhaseResult]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return {name: ExpertPhaseResult(**values) for name, values in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return {name: _phase(values) for name, values in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise OutputError(f"{path} cannot be read ({error}); delete it to time again") from None
+
+
+def _phase(values: dict[str, Any]) -> ExpertPhaseResult:
+    return ExpertPhaseResult(**{**values, "repeats": tuple(values["repeats"])})
 
 
 def _has_results(output: Path) -> bool:

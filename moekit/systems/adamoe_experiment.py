@@ -34,7 +34,13 @@ from moekit.models.language import MoEDecoderForCausalLM
 from moekit.routing import NullAwareBalance, Routing
 from moekit.surgery import add_null_experts
 from moekit.systems.baselines import top_k
-from moekit.systems.experiment import Finding, Laboratory, Reproduction, judged
+from moekit.systems.experiment import (
+    Finding,
+    Laboratory,
+    Reproduction,
+    deviation_in_words,
+    judged,
+)
 from moekit.systems.system import Shape
 from moekit.training import TrainingSpec, train
 
@@ -178,8 +184,8 @@ def _loss_is_kept(runs: Sequence[dict[str, _Arm]], quick: bool) -> Finding:
     kept = top_2.deviation is not None and statistics.fmean(gaps) <= top_2.deviation
     return Finding(
         claim="Quality is at least that of fine-tuned top-2 (85.35 against 84.64; table 2)",
-        measured=f"loss minus top-2's by seed {_signed(gaps)}; top-2's seeds deviate by "
-        f"{top_2.deviation}",
+        measured=f"loss minus top-2's by seed {_signed(gaps)}; of top-2, "
+        f"{deviation_in_words(top_2.deviation)}",
         verdict=judged(kept, quick=quick, decided=top_2.deviation is not None),
     )
 

@@ -105,3 +105,10 @@ def judged(holds: bool, *, quick: bool, decided: bool = True) -> Verdict:
     if quick or not decided:
         return "inconclusive"
     return "reproduced" if holds else "not reproduced"
+
+
+def deviation_in_words(deviation: float | None) -> str:
+    """How far the seeds of a design lie apart, for the measurement of a finding."""
+    if deviation is None:
+        return "one seed, so no deviation"
+    return f"its seeds deviate by {deviation:.4f}"

@@ -1,0 +1,96 @@
+"""The command line in this process, and a study of it to look at."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from transformers.utils import logging
+
+from moekit.cli.main import main
+
+SIZES = (
+    *("--steps=4", "--batch-size=2", "--sequence-length=16", "--vocab-size=280"),
+    *("--width=16", "--depth=2", "--heads=2", "--kv-heads=1", "--experts=4", "--hidden=16"),
+    "--precision=float32",
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def sentence(self) -> str:
+        """What a user's mistake was answered with: one sentence, exit code 2, no stack trace."""
+        assert self.code == 2, self.err
+        assert "Traceback" not in self.out + self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("moekit: ")]
+        assert len(lines) == 1, self.err
+        assert self.err.splitlines()[-1] == lines[0]
+        return lines[0].removeprefix("moekit: ")
+
+
+Moekit = Callable[..., Ended]
+
+
+@pytest.fixture
+def moekit(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Moekit]:
+    """A function that runs ``moekit ARGUMENTS`` in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["moekit", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Ended(int(str(end.value.code)), *capfd.readouterr())
+
+    yield run
+    logging.set_verbosity(verbosity)
+    (logging.enable_progress_bar if bar else logging.disable_progress_bar)()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random words."""
+    draw = random.Random(0)
+    known = ["alpha", "beta", "gamma", "12", "(", ")", ".", ",", "\n", "<b>"]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(draw.choice(known) for _ in range(6000)))
+    return path
+
+
+@pytest.fixture
+def tiny(text: Path) -> list[str]:
+    """Options of a training run that takes a second."""
+    return ["--data", str(text), *SIZES]
+
+
+@pytest.fixture(scope="session")
+def study(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished study of moepp and topk."""
+    output = tmp_path_factory.mktemp("study") / "study"
+    arguments = ["compare", "--designs=moepp,topk", f"--data={text}", f"--output={output}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["moekit", *arguments, "--quiet", *SIZES])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main()
+    return output
+
+
+@pytest.fixture
+def checkpoint(study: Path) -> Path:
+    """A trained MoE++ model."""
+    return study / "runs" / "moepp-seed0" / "model"
