@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import Ended, Moekit
 from transformers.utils import logging
 
 from moekit.cli.main import main
@@ -18,28 +18,6 @@ SIZES = (
     *("--width=16", "--depth=2", "--heads=2", "--kv-heads=1", "--experts=4", "--hidden=16"),
     "--precision=float32",
 )
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def sentence(self) -> str:
-        """What a user's mistake was answered with: one sentence, exit code 2, no stack trace."""
-        assert self.code == 2, self.err
-        assert "Traceback" not in self.out + self.err
-        lines = [line for line in self.err.splitlines() if line.startswith("moekit: ")]
-        assert len(lines) == 1, self.err
-        assert self.err.splitlines()[-1] == lines[0]
-        return lines[0].removeprefix("moekit: ")
-
-
-Moekit = Callable[..., Ended]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Moekit  # type: ignore[import-not-found]
+from command_line import Moekit
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Moekit  # type: ignore[import-not-found]
+from command_line import Moekit
 from safetensors.torch import load_file, save_file
 
 
