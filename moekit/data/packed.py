@@ -75,9 +75,15 @@ class TextSpec(Spec):
     def check(self) -> None:
         """Raise :class:`~moekit.errors.SpecError` if a number is out of its range."""
         smallest = SMALLEST_VOCABULARY
-        self.require(self.vocab_size >= smallest, f"vocab_size must be at least {smallest}")
-        self.require(self.sequence_length >= 2, "sequence_length must be at least 2")
-        self.require(self.seed >= 0, "seed must not be negative")
+        self.require(
+            self.vocab_size >= smallest,
+            f"vocab_size is {self.vocab_size}; wanted {smallest} or more",
+        )
+        self.require(
+            self.sequence_length >= 2,
+            f"sequence_length is {self.sequence_length}; wanted 2 or more",
+        )
+        self.require(self.seed >= 0, f"seed is {self.seed}; wanted 0 or more")
         self.require(
             self.validation_share > 0 and self.test_share > 0, "shares must be more than 0"
         )
@@ -86,7 +92,8 @@ class TextSpec(Spec):
             "validation_share and test_share must leave something to train on",
         )
         self.require(
-            self.limit_bytes is None or self.limit_bytes > 0, "limit_bytes must be more than 0"
+            self.limit_bytes is None or self.limit_bytes > 0,
+            f"limit_bytes is {self.limit_bytes}; wanted more than 0, or None for no limit",
         )
 
     @property

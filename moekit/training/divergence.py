@@ -43,16 +43,22 @@ class LossWatch:
         Raises:
             DivergedError: one was not.
         """
-        first_bad, last = self._first_bad, self._last_finite
+        first_bad = self._first_bad
         if dist.is_available() and dist.is_initialized():
             first_bad = first_bad.clone()
             dist.all_reduce(first_bad, op=dist.ReduceOp.MIN)
         if int(first_bad) == _NEVER:
             return
-        finite = f"the last finite loss was {float(last):.4g}" if last.isfinite() else "none was"
         raise DivergedError(
-            f"the loss stopped being finite at step {int(first_bad)} ({finite}); {self._advice}"
+            f"the loss stopped being finite at step {int(first_bad)} "
+            f"({self.last_finite()}); {self._advice}"
         )
+
+    def last_finite(self) -> str:
+        """The last finite training loss, in words."""
+        if not bool(self._last_finite.isfinite()):
+            return "no loss was finite"
+        return f"the last finite loss was {float(self._last_finite):.4g}"
 
     def check_weights(self, model: nn.Module, step: int) -> None:
         """Refuse weights that hold NaN or infinity, which the next loss would show.
@@ -64,5 +70,5 @@ class LossWatch:
         if finite and not bool(torch.stack(finite).all()):
             raise DivergedError(
                 f"the weights stopped being finite at step {step} "
-                f"(the last finite loss was {float(self._last_finite):.4g}); {self._advice}"
+                f"({self.last_finite()}); {self._advice}"
             )

@@ -111,7 +111,7 @@ class RichProgress:
 def bars(console: Console | None = None) -> Progress:
     """A ``rich.progress.Progress`` with columns for loss, speed and remaining time."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TextColumn("{task.fields[loss]}"),

@@ -196,8 +196,8 @@ class MoETrainer(transformers.Trainer):
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise DivergedError(
-                f"the evaluation loss after step {self.state.global_step} is {loss}; "
-                + _advice(self.args)
+                f"the evaluation loss after step {self.state.global_step} is {loss} "
+                f"({self.watch.last_finite()}); {_advice(self.args)}"
             )
 
     # --- checkpoints -----------------------------------------------------------------------------
