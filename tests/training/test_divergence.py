@@ -94,5 +94,5 @@ def test_a_loss_that_never_was_finite() -> None:
     watch = LossWatch(torch.device("cpu"), "stop")
     watch.add(torch.tensor(torch.nan))
     watch.close_step(1)
-    with pytest.raises(DivergedError, match=r"at step 1 \(none was\)"):
+    with pytest.raises(DivergedError, match=r"at step 1 \(no loss was finite\)"):
         watch.check()
