@@ -109,7 +109,9 @@ def precision_of(name: str, device: str) -> str:
         return name
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
+    capabilities: dict[str, object] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # older torch has none
     return "bfloat16" if capabilities.get("amx_bf16") else "float32"
 
 
