@@ -173,7 +173,8 @@ def _load_is_reached(runs: Sequence[dict[str, _Arm]], quick: bool) -> Finding:
     return Finding(
         claim="Load 1.66 true experts a token instead of 2, 15% less compute (table 2)",
         measured=f"load by seed {', '.join(f'{load:.2f}' for load in loads)} (wanted 1.5 to "
-        f"1.7; formula 1.50 at balance); throughput of the expert phase {statistics.fmean(gains):.2f} times top-2's",
+        "1.7; formula 1.50 at balance); throughput of the expert phase "
+        f"{statistics.fmean(gains):.2f} times top-2's",
         verdict=judged(all(1.5 <= load <= 1.7 for load in loads), quick=quick),
     )
 
