@@ -195,8 +195,7 @@ class DenseToSparseRouter(Router):
         done = (self.step.double() / self.spec.steps).clamp(max=1)
         if self.spec.schedule == "linear":
             return start * (1 - done) + final * done
-        exponents = torch.stack([1 - done, done])
-        return (exponents.new_tensor([start, final]) ** exponents).prod()
+        return torch.pow(start, 1 - done) * torch.pow(final, done)
 
     def active(self, share_NE: Tensor) -> Tensor:
         """True where an expert is run.
