@@ -9,8 +9,10 @@ from moekit.experts import GEGLU, GELU, Bank, Constant, Copy, ReLU, SwiGLU, Zero
 from moekit.layer import MoE, MoEOutput, MoESpec
 from moekit.routing import (
     Carry,
+    DenseToSparse,
     Entropy,
     ExpertChoice,
+    GumbelSoftmax,
     Hash,
     HeterogeneousBalance,
     L1Balance,
@@ -34,9 +36,11 @@ __all__ = [
     "Carry",
     "Constant",
     "Copy",
+    "DenseToSparse",
     "Dropless",
     "Entropy",
     "ExpertChoice",
+    "GumbelSoftmax",
     "Hash",
     "HeterogeneousBalance",
     "L1Balance",

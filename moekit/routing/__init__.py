@@ -2,6 +2,7 @@
 
 from moekit.routing.dense_warmup import DenseWarmup, DenseWarmupRouter
 from moekit.routing.expert_choice import ExpertChoice, ExpertChoiceRouter
+from moekit.routing.gumbel import GumbelSoftmax, GumbelSoftmaxRouter
 from moekit.routing.hash import Hash, HashRouter
 from moekit.routing.l1_balance import L1Balance, L1BalanceLoss
 from moekit.routing.losses import (
@@ -19,17 +20,22 @@ from moekit.routing.relu import ReLURouter, ReLURouting
 from moekit.routing.router import ZERO_COMPUTATION, Router, RouterSpec, Site
 from moekit.routing.routing import Carry, Load, Routing, Signals
 from moekit.routing.routing_losses import LossSite, RoutingLosses, all_reduce_loads
+from moekit.routing.temperature import DenseToSparse, DenseToSparseRouter
 from moekit.routing.top_k import TopK, TopKRouter
 
 __all__ = [
     "ZERO_COMPUTATION",
     "Batch",
     "Carry",
+    "DenseToSparse",
+    "DenseToSparseRouter",
     "DenseWarmup",
     "DenseWarmupRouter",
     "Entropy",
     "ExpertChoice",
     "ExpertChoiceRouter",
+    "GumbelSoftmax",
+    "GumbelSoftmaxRouter",
     "Hash",
     "HashRouter",
     "HeterogeneousBalance",

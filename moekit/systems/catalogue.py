@@ -6,10 +6,12 @@ from moekit.errors import SpecError
 from moekit.spec import suggestion
 from moekit.systems.adamoe import ADAMOE
 from moekit.systems.baselines import BASELINES
+from moekit.systems.gg_moe import GG_MOE
 from moekit.systems.moepp import MOEPP
 from moekit.systems.planned import PLANNED
 from moekit.systems.remoe import REMOE
 from moekit.systems.system import System
+from moekit.systems.temperature_gaussian_moe import TEMPERATURE_GAUSSIAN_MOE
 
 DEFAULT_DESIGNS = ("dense", "topk", "adamoe", "moepp", "remoe")
 
@@ -21,7 +23,7 @@ def baselines() -> tuple[System, ...]:
 
 def systems() -> tuple[System, ...]:
     """The published systems, available ones first."""
-    return (MOEPP, ADAMOE, REMOE, *PLANNED)
+    return (MOEPP, ADAMOE, REMOE, TEMPERATURE_GAUSSIAN_MOE, GG_MOE, *PLANNED)
 
 
 def find(name: str) -> System:

@@ -17,12 +17,6 @@ PLANNED = (
         "sequence and task routers, a merging dispatch, token attention",
     ),
     _planned(
-        "gg_moe",
-        "GG MoE: Gumbel-softmax gates over small MLPs for tabular data",
-        "2502.03608",
-        "a Gumbel router, a tabular estimator",
-    ),
-    _planned(
         "rectify_router",
         "Rectify-Router: dropped tokens go to local experts, padding is filled",
         "2402.12399",
@@ -189,12 +183,6 @@ PLANNED = (
         "Uni-MoE: experts grown on single modalities, then unified",
         "2405.11273",
         "progressive training, LoRA",
-    ),
-    _planned(
-        "temperature_gaussian_moe",
-        "Dense-to-sparse temperature gates and their theory",
-        "2401.13875",
-        "a temperature router with annealing, Gaussian estimators",
     ),
     _planned(
         "fate",

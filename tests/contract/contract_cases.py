@@ -32,9 +32,11 @@ from moekit.experts import (
 from moekit.layer import MoE, MoESpec
 from moekit.routing import (
     Carry,
+    DenseToSparse,
     DenseWarmup,
     Entropy,
     ExpertChoice,
+    GumbelSoftmax,
     Hash,
     HeterogeneousBalance,
     L1Balance,
@@ -67,6 +69,12 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
     "ReLURouting": (ReLURouting(k=2),),
     "ExpertChoice": (ExpertChoice(capacity=1.5),),
     "Hash": (Hash(k=2, seed=3),),
+    "DenseToSparse": (
+        DenseToSparse(temperature=2.0, final=0.3, steps=10, threshold=0.05),
+        DenseToSparse(temperature=0.5, learned=True, activation="tanh", k=2),
+        DenseToSparse(activation="sigmoid", bias=False, noise=True),
+    ),
+    "GumbelSoftmax": (GumbelSoftmax(), GumbelSoftmax(temperature=0.5, hard=True, seed=3)),
 }
 
 MIXED = Bank((SwiGLU(count=3, hidden=8), Constant(1), Copy(1), Zero(1)))

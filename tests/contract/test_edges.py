@@ -12,7 +12,9 @@ from contract_oracle import dense_output, every_expert, relative_error
 from moekit.dispatch import Capacity, DispatchSpec, Dropless
 from moekit.experts import GELU, Bank, Constant, Copy, ExpertsSpec, SwiGLU, Zero
 from moekit.routing import (
+    DenseToSparse,
     ExpertChoice,
+    GumbelSoftmax,
     Hash,
     Pathway,
     ReLURouting,
@@ -51,6 +53,8 @@ def test_no_token_and_one_token(case: Case, tokens: int) -> None:
         ExpertChoice(capacity=1.0),
         Hash(k=1),
         ReLURouting(k=0.5),
+        DenseToSparse(temperature=0.1),
+        GumbelSoftmax(),
     ],
     ids=label,
 )

@@ -14,6 +14,7 @@ from moekit.experts import GEGLU, GELU, ReLU, SwiGLU
 from moekit.layer import MoE
 from moekit.routing import (
     ZERO_COMPUTATION,
+    DenseToSparse,
     DenseWarmup,
     ExpertChoice,
     Hash,
@@ -177,6 +178,7 @@ def test_capacity_by_slot_or_score_looks_at_later_tokens(priority: str) -> None:
         DenseWarmup(k=1, warmup_k=3),
         ReLURouting(k=2),
         ExpertChoice(capacity=1.5),
+        DenseToSparse(learned=True, activation="tanh", threshold=0.1),
     ],
     ids=label,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekit.dispatch import Dispatched, Dropless
 from moekit.layer import MoE
-from moekit.routing import Routing
+from moekit.routing import GumbelSoftmax, Routing
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=name)
@@ -25,6 +25,16 @@ def run(layer: MoE, inputs: Inputs) -> Dispatched:
     return layer.dispatch(inputs.x_ND, routing, layer.experts)
 
 
+def gradient_tolerance(leaf: str, gradient: Tensor) -> float:
+    """The tolerance of a leaf's gradient.
+
+    That of a gate's bias or temperature sums terms of both signs over tokens and experts, each
+    rounded with its expert's bfloat16 output, and is small beside them.
+    """
+    summed = leaf.startswith("router.") and gradient.dim() < 2
+    return 5e-2 if summed and gradient.dtype == torch.bfloat16 else TOLERANCE[gradient.dtype]
+
+
 def gradients(layer: MoE, x_ND: Tensor, y: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
     """The gradients of ``Σ cotangent · y``, by name."""
     leaves = {"x": x_ND, **dict(layer.named_parameters())}
@@ -33,6 +43,10 @@ def gradients(layer: MoE, x_ND: Tensor, y: Tensor, cotangent: Tensor) -> dict[st
     )
     zero = {n: torch.zeros_like(leaf) for n, leaf in leaves.items()}
     return {n: zero[n] if g is None else g for n, g in zip(leaves, found, strict=True)}
+
+
+def straight_through(case: Case) -> bool:
+    return isinstance(case.router, GumbelSoftmax) and case.router.hard
 
 
 @EVERY_CASE
@@ -82,10 +96,11 @@ def test_equals_the_dense_oracle(case: Case, dtype: torch.dtype) -> None:
     ours = gradients(layer, x_ND, done.y_ND, cotangent)
     theirs = gradients(layer, x_ND, wanted, cotangent)
     for leaf, gradient in theirs.items():
-        assert relative_error(ours[leaf], gradient) < TOLERANCE[dtype], leaf
+        assert relative_error(ours[leaf], gradient) < gradient_tolerance(leaf, gradient), leaf
 
 
-@EVERY_CASE
+# A straight-through gradient is that of another function; tests/routing/test_gumbel.py has it.
+@pytest.mark.parametrize("case", [c for c in CASES if not straight_through(c)], ids=name)
 def test_gradients_equal_finite_differences(case: Case) -> None:
     layer, inputs = case.layer(torch.float64, seed=2), Inputs.make(5, torch.float64, seed=3)
     names = [n for n, _ in layer.named_parameters()]
