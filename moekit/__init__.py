@@ -7,6 +7,7 @@ from moekit.dispatch import Capacity, Dropless
 from moekit.errors import MoekitError
 from moekit.experts import GEGLU, GELU, Bank, Constant, Copy, ReLU, SwiGLU, Zero
 from moekit.layer import MoE, MoEOutput, MoESpec
+from moekit.residual import AdamFirst, AdamMomentum, HeavyBall, Plain, RobustMomentum
 from moekit.routing import (
     Carry,
     Entropy,
@@ -29,6 +30,8 @@ __version__ = "0.1.0"
 __all__ = [
     "GEGLU",
     "GELU",
+    "AdamFirst",
+    "AdamMomentum",
     "Bank",
     "Capacity",
     "Carry",
@@ -38,6 +41,7 @@ __all__ = [
     "Entropy",
     "ExpertChoice",
     "Hash",
+    "HeavyBall",
     "HeterogeneousBalance",
     "L1Balance",
     "MoE",
@@ -46,8 +50,10 @@ __all__ = [
     "MoekitError",
     "NullAwareBalance",
     "Pathway",
+    "Plain",
     "ReLU",
     "ReLURouting",
+    "RobustMomentum",
     "RouterZ",
     "Routing",
     "Signals",
