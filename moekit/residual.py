@@ -314,9 +314,7 @@ def _check_step(spec: ResidualSpec, name: str, value: float) -> None:
     spec.require(0 < value < math.inf, f"{name} is {value}; wanted a number more than 0")
 
 
-def _check_adam(
-    spec: ResidualSpec, beta1: float, beta2: float, eps: float, decay: float
-) -> None:
+def _check_adam(spec: ResidualSpec, beta1: float, beta2: float, eps: float, decay: float) -> None:
     for name, value in (("beta1", beta1), ("beta2", beta2)):
         spec.require(0 <= value < 1, f"{name} is {value}; wanted at least 0 and less than 1")
     _check_step(spec, "eps", eps)
