@@ -7,6 +7,7 @@ from moekit.dispatch import Capacity, Dropless
 from moekit.errors import MoekitError
 from moekit.experts import GEGLU, GELU, Bank, Constant, Copy, ReLU, SwiGLU, Zero
 from moekit.layer import MoE, MoEOutput, MoESpec
+from moekit.residual import AdamFirst, AdamMomentum, HeavyBall, Plain, RobustMomentum
 from moekit.routing import (
     Carry,
     DenseToSparse,
@@ -31,6 +32,8 @@ __version__ = "0.1.0"
 __all__ = [
     "GEGLU",
     "GELU",
+    "AdamFirst",
+    "AdamMomentum",
     "Bank",
     "Capacity",
     "Carry",
@@ -42,6 +45,7 @@ __all__ = [
     "ExpertChoice",
     "GumbelSoftmax",
     "Hash",
+    "HeavyBall",
     "HeterogeneousBalance",
     "L1Balance",
     "MoE",
@@ -50,8 +54,10 @@ __all__ = [
     "MoekitError",
     "NullAwareBalance",
     "Pathway",
+    "Plain",
     "ReLU",
     "ReLURouting",
+    "RobustMomentum",
     "RouterZ",
     "Routing",
     "Signals",

@@ -12,6 +12,7 @@ from moekit.errors import SpecError
 from moekit.experts.experts import Experts, ExpertsSpec
 from moekit.experts.feed_forward import FeedForwardSpec
 from moekit.experts.groups import GroupedMM
+from moekit.residual import Plain, ResidualSpec
 from moekit.routing.losses import LossSpec
 from moekit.routing.router import ZERO_COMPUTATION, Router, RouterSpec, Site
 from moekit.routing.routing import Carry, Routing, Signals
@@ -29,6 +30,8 @@ class MoESpec(Spec):
         losses: routing losses of the layer, each with its weight.
         shared: a feed-forward expert that every token also passes, or None.
         shared_gate: multiply the shared expert's output by ``sigmoid(x w)`` (Qwen2-MoE).
+        residual: how the block around the layer adds its output to the hidden state. The layer
+            itself returns its output alone.
 
     Example:
         >>> from moekit import MoESpec, SwiGLU, TopK
@@ -43,6 +46,7 @@ class MoESpec(Spec):
     losses: tuple[LossSpec, ...] = ()
     shared: FeedForwardSpec | None = None
     shared_gate: bool = False
+    residual: ResidualSpec = Plain()
 
     def check(self) -> None:
         kinds = self.experts.expert_kinds()

@@ -15,6 +15,7 @@ from moekit.errors import SpecError
 from moekit.experts import Bank, ExpertsSpec, FeedForwardSpec
 from moekit.layer import MoESpec
 from moekit.models.language import MoEDecoderConfig
+from moekit.residual import check_stack
 from moekit.routing import Site
 from moekit.routing.router import ZERO_COMPUTATION
 from moekit.spec import Spec
@@ -77,6 +78,7 @@ class Design(Spec):
             f"{LONGEST_NAME} characters",
         )
         self.require(len(self.layers) > 0, "it has no layers; give at least one")
+        check_stack(tuple(s.residual for s in self.layers if isinstance(s, MoESpec)))
 
     @property
     def causal(self) -> bool:

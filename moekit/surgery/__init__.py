@@ -1,5 +1,6 @@
 """Changes to a model that is already trained."""
 
+from moekit.surgery.momentum import AttachedMomentum, attach_momentum
 from moekit.surgery.null_experts import add_null_experts
 
-__all__ = ["add_null_experts"]
+__all__ = ["AttachedMomentum", "add_null_experts", "attach_momentum"]

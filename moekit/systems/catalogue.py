@@ -8,6 +8,7 @@ from moekit.systems.adamoe import ADAMOE
 from moekit.systems.baselines import BASELINES
 from moekit.systems.gg_moe import GG_MOE
 from moekit.systems.moepp import MOEPP
+from moekit.systems.momentum_smoe import MOMENTUM_SMOE
 from moekit.systems.planned import PLANNED
 from moekit.systems.remoe import REMOE
 from moekit.systems.system import System
@@ -23,7 +24,15 @@ def baselines() -> tuple[System, ...]:
 
 def systems() -> tuple[System, ...]:
     """The published systems, available ones first."""
-    return (MOEPP, ADAMOE, REMOE, TEMPERATURE_GAUSSIAN_MOE, GG_MOE, *PLANNED)
+    return (
+        MOEPP,
+        ADAMOE,
+        REMOE,
+        TEMPERATURE_GAUSSIAN_MOE,
+        GG_MOE,
+        MOMENTUM_SMOE,
+        *PLANNED,
+    )
 
 
 def find(name: str) -> System:

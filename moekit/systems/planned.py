@@ -59,12 +59,6 @@ PLANNED = (
         "routers that look at attention and at other tokens",
     ),
     _planned(
-        "momentum_smoe",
-        "MomentumSMoE: heavy-ball, Adam and robust momentum over depth",
-        "2410.14574",
-        "residual rules that use the carry",
-    ),
-    _planned(
         "uncurl",
         "UNCURL: merges experts by the router logits of a task",
         "2409.01483",

@@ -13,6 +13,7 @@ from moekit.experts import FeedForwardSpec
 from moekit.layer import MoE, MoEOutput
 from moekit.models.language.attention import MoEDecoderAttention, Rotation
 from moekit.models.language.config import LayerSpec, MoEDecoderConfig
+from moekit.residual import Plain
 from moekit.routing import Carry, Signals
 
 
@@ -31,7 +32,10 @@ class DenseFeedForward(nn.Module):
 
 
 class MoEDecoderLayer(GradientCheckpointingLayer):
-    """One block: ``x += attention(norm(x))``, then ``x += feed_forward(norm(x))``."""
+    """One block: ``x += attention(norm(x))``, then ``x += feed_forward(norm(x))``.
+
+    The second sum of an MoE block follows the spec's residual rule.
+    """
 
     def __init__(
         self, config: MoEDecoderConfig, index: int, spec: LayerSpec, previous_experts: int | None
@@ -39,6 +43,7 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.self_attn = MoEDecoderAttention(config, index)
         self.mlp = _feed_forward(spec, config, previous_experts)
+        self.residual = Plain() if isinstance(spec, FeedForwardSpec) else spec.residual
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -51,11 +56,12 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         """
         attended, _ = self.self_attn(self.input_layernorm(x_BTD), rotation, **kwargs)
         x_BTD = x_BTD + attended
-        normed = self.post_attention_layernorm(x_BTD)
         if not isinstance(self.mlp, MoE):
-            return x_BTD + self.mlp(normed), carry, None
-        output: MoEOutput = self.mlp(normed, signals, carry)
-        return x_BTD + output.y, output.carry, _record(output)
+            return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), carry, None
+        ahead_BTD = self.residual.look_ahead(x_BTD, carry.momentum)
+        output: MoEOutput = self.mlp(self.post_attention_layernorm(ahead_BTD), signals, carry)
+        delta_BTD, momentum = self.residual.increment(x_BTD, output.y, carry.momentum)
+        return x_BTD + delta_BTD, output.carry.replace(momentum=momentum), _record(output)
 
 
 def _feed_forward(

@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from moekit.errors import SpecError
 from moekit.experts import FeedForwardSpec, SwiGLU
 from moekit.layer import MoESpec
+from moekit.residual import check_stack
 from moekit.routing import SwitchBalance, TopK
 from moekit.spec import suggestion
 
@@ -116,6 +117,7 @@ class MoEDecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"layers holds {len(specs)} specs but num_hidden_layers is "
                 f"{self.num_hidden_layers}; give one spec a layer, or one for all"
             )
+        check_stack(tuple(spec.residual for spec in specs if isinstance(spec, MoESpec)))
         return specs
 
     def _check_sizes(self) -> None:
