@@ -8,7 +8,7 @@ from contract_cases import CASES, Case, Inputs, name
 from contract_oracle import dense_output, relative_error
 from torch import Tensor
 
-from moekit.dispatch import Dispatched, Dropless
+from moekit.dispatch import Dispatched, Dropless, Rectified
 from moekit.layer import MoE
 from moekit.routing import Routing
 
@@ -85,7 +85,11 @@ def test_equals_the_dense_oracle(case: Case, dtype: torch.dtype) -> None:
         assert relative_error(ours[leaf], gradient) < TOLERANCE[dtype], leaf
 
 
-@EVERY_CASE
+# Rectified weights have a detached denominator, so their gradient is not that of their values;
+# tests/dispatch/test_rectify.py holds it against its formula.
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if not isinstance(c.dispatch, Rectified)], ids=name
+)
 def test_gradients_equal_finite_differences(case: Case) -> None:
     layer, inputs = case.layer(torch.float64, seed=2), Inputs.make(5, torch.float64, seed=3)
     names = [n for n, _ in layer.named_parameters()]
