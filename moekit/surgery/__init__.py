@@ -1,5 +1,6 @@
 """Changes to a model that is already trained."""
 
 from moekit.surgery.null_experts import add_null_experts
+from moekit.surgery.upcycle import upcycle
 
-__all__ = ["add_null_experts"]
+__all__ = ["add_null_experts", "upcycle"]
