@@ -8,6 +8,7 @@ from moekit.systems.adamoe import ADAMOE
 from moekit.systems.baselines import BASELINES
 from moekit.systems.moepp import MOEPP
 from moekit.systems.planned import PLANNED
+from moekit.systems.rectify_router import RECTIFY_ROUTER
 from moekit.systems.remoe import REMOE
 from moekit.systems.system import System
 
@@ -21,7 +22,7 @@ def baselines() -> tuple[System, ...]:
 
 def systems() -> tuple[System, ...]:
     """The published systems, available ones first."""
-    return (MOEPP, ADAMOE, REMOE, *PLANNED)
+    return (MOEPP, ADAMOE, REMOE, RECTIFY_ROUTER, *PLANNED)
 
 
 def find(name: str) -> System:
