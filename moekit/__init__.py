@@ -3,7 +3,7 @@
 The parts of a layer are importable from here; models, training and data from their own packages.
 """
 
-from moekit.dispatch import Capacity, Dropless
+from moekit.dispatch import Capacity, Dropless, Rectified
 from moekit.errors import MoekitError
 from moekit.experts import GEGLU, GELU, Bank, Constant, Copy, ReLU, SwiGLU, Zero
 from moekit.layer import MoE, MoEOutput, MoESpec
@@ -57,6 +57,7 @@ __all__ = [
     "Plain",
     "ReLU",
     "ReLURouting",
+    "Rectified",
     "RobustMomentum",
     "RouterZ",
     "Routing",

@@ -176,7 +176,7 @@ class MoE(nn.Module):
             y=y_ND.view(*x.shape[:-1], y_ND.shape[-1]),
             routing=routing,
             rows_E=done.rows_E,
-            dropped=(routing.used_NK & ~done.routing.used_NK).sum(),
+            dropped=_dropped(routing, done.routing),
             carry=carry
             if routing.logits_NE is None
             else carry.replace(logits_NE=routing.logits_NE),
@@ -187,3 +187,8 @@ class MoE(nn.Module):
         count_E = torch.full((1,), x_ND.shape[0], device=x_ND.device)
         y_ND = self.shared(x_ND, GroupedMM(count_E))
         return y_ND if self.shared_gate is None else self.shared_gate(x_ND).sigmoid() * y_ND
+
+
+def _dropped(before: Routing, after: Routing) -> Tensor:
+    """Assignments of ``before`` that are gone; a dispatch may append slots but moves none."""
+    return (before.used_NK & ~after.used_NK[:, : before.used_NK.shape[1]]).sum()

@@ -1,4 +1,4 @@
-"""How rows travel: plans, capacity limits, dispatch and combine."""
+"""How rows travel: plans, capacity limits, rectification, dispatch and combine."""
 
 from moekit.dispatch.capacity import capacities, limit
 from moekit.dispatch.dispatch import (
@@ -11,6 +11,7 @@ from moekit.dispatch.dispatch import (
     DroplessDispatch,
 )
 from moekit.dispatch.plan import Plan, plan_places, plan_rows
+from moekit.dispatch.rectify import Rectification, Rectified, RectifiedDispatch, rectify
 
 __all__ = [
     "Capacity",
@@ -21,8 +22,12 @@ __all__ = [
     "Dropless",
     "DroplessDispatch",
     "Plan",
+    "Rectification",
+    "Rectified",
+    "RectifiedDispatch",
     "capacities",
     "limit",
     "plan_places",
     "plan_rows",
+    "rectify",
 ]

@@ -46,15 +46,25 @@ def limit(routing: Routing, capacity: Sequence[int], priority: Priority = "slot"
     if len(capacity) != routing.experts:
         raise SpecError(f"{len(capacity)} capacities were given for {routing.experts} experts")
     expert = torch.where(routing.used_NK, routing.expert_NK, routing.experts).flatten()
-    first = _order(routing, priority)
-    order = first[expert[first].argsort(stable=True)]
-    count = count_ids(expert, routing.experts + 1)
-    start = count.cumsum(0) - count
-    position = torch.arange(len(order), device=order.device) - start[expert[order]]
-    room = torch.tensor([*capacity, 0], device=order.device)
-    keep = torch.empty_like(order, dtype=torch.bool)
-    keep[order] = position < room[expert[order]]
+    position = queue_positions(expert, _order(routing, priority), routing.experts + 1)
+    room = torch.tensor([*capacity, 0], device=expert.device)
+    keep = position < room[expert]
     return routing.keep(keep.view_as(routing.expert_NK))
+
+
+def queue_positions(place_R: Tensor, order_R: Tensor, places: int) -> Tensor:
+    """How many assignments to its own place come before each one, int64 (R,).
+
+    Args:
+        place_R: what each assignment asks for, ``0 … places - 1``: an expert, say.
+        order_R: the assignments in the order in which they are served.
+        places: number of different places.
+    """
+    by_place_R = order_R[place_R[order_R].argsort(stable=True)]
+    count = count_ids(place_R, places)
+    start = count.cumsum(0) - count
+    rank_R = torch.arange(len(order_R), device=order_R.device) - start[place_R[by_place_R]]
+    return torch.empty_like(rank_R).scatter_(0, by_place_R, rank_R)
 
 
 def _order(routing: Routing, priority: Priority) -> Tensor:

@@ -64,7 +64,7 @@ class Dispatch(nn.Module):
         return Dispatched(y_ND, rows_E, routing)
 
     def limited(self, routing: Routing, experts: Experts) -> Routing:
-        """The assignments that are kept."""
+        """The assignments that are kept, each in its own slot; further slots may follow."""
         return routing
 
     def plan(self, routing: Routing, experts: Experts) -> Plan:

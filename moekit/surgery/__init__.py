@@ -2,5 +2,6 @@
 
 from moekit.surgery.momentum import AttachedMomentum, attach_momentum
 from moekit.surgery.null_experts import add_null_experts
+from moekit.surgery.upcycle import upcycle
 
-__all__ = ["AttachedMomentum", "add_null_experts", "attach_momentum"]
+__all__ = ["AttachedMomentum", "add_null_experts", "attach_momentum", "upcycle"]

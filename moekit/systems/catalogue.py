@@ -10,6 +10,7 @@ from moekit.systems.gg_moe import GG_MOE
 from moekit.systems.moepp import MOEPP
 from moekit.systems.momentum_smoe import MOMENTUM_SMOE
 from moekit.systems.planned import PLANNED
+from moekit.systems.rectify_router import RECTIFY_ROUTER
 from moekit.systems.remoe import REMOE
 from moekit.systems.system import System
 from moekit.systems.temperature_gaussian_moe import TEMPERATURE_GAUSSIAN_MOE
@@ -31,6 +32,7 @@ def systems() -> tuple[System, ...]:
         TEMPERATURE_GAUSSIAN_MOE,
         GG_MOE,
         MOMENTUM_SMOE,
+        RECTIFY_ROUTER,
         *PLANNED,
     )
 

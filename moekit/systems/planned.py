@@ -17,12 +17,6 @@ PLANNED = (
         "sequence and task routers, a merging dispatch, token attention",
     ),
     _planned(
-        "rectify_router",
-        "Rectify-Router: dropped tokens go to local experts, padding is filled",
-        "2402.12399",
-        "functions from routing to routing after a capacity limit",
-    ),
-    _planned(
         "time_shift_sampler",
         "Time-Shift Sampler: matches each sample of a diffusion chain to its noise level",
         "2305.15583",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import moekit
-from moekit.dispatch import Capacity, DispatchSpec, Dropless
+from moekit.dispatch import Capacity, DispatchSpec, Dropless, Rectified
 from moekit.errors import SpecError
 from moekit.experts import (
     GEGLU,
@@ -99,6 +99,11 @@ DISPATCHES: dict[str, tuple[DispatchSpec, ...]] = {
         Capacity(factor=1.0, eval_factor=1.0),
         Capacity(factor=0.7, eval_factor=0.7, priority="score", tau=0.5),
         PADDED,
+    ),
+    "Rectified": (
+        Rectified(factor=1.0, eval_factor=1.0, groups=2),
+        Rectified(factor=0.5, eval_factor=0.5, groups=3, unrouted="any", priority="request"),
+        Rectified(factor=0.7, eval_factor=0.7, fill_in=False, intra_device=False),
     ),
 }
 

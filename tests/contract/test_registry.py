@@ -19,7 +19,7 @@ from contract_cases import (
     registered,
 )
 
-from moekit.dispatch import Capacity
+from moekit.dispatch import Capacity, Rectified
 from moekit.errors import SpecError
 from moekit.layer import MoESpec
 from moekit.routing import LossSpec, TopK
@@ -57,7 +57,8 @@ def test_a_layer_spec_survives_json(case) -> None:
     assert MoESpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-def test_the_only_refused_pairs_are_capacity_with_a_free_number_of_experts() -> None:
+def test_the_only_refused_pairs() -> None:
+    """Capacity with a free number of experts; rectification with a bank that computes nothing."""
     pairs = itertools.product(
         itertools.chain(*ROUTERS.values()), itertools.chain(*DISPATCHES.values())
     )
@@ -65,6 +66,9 @@ def test_the_only_refused_pairs_are_capacity_with_a_free_number_of_experts() -> 
         case = Case(router, MIXED, dispatch)
         if not router.fixed_k and isinstance(dispatch, Capacity):
             with pytest.raises(SpecError, match="use Dropless"):
+                _ = case.spec
+        elif isinstance(dispatch, Rectified):
+            with pytest.raises(SpecError, match=r"need no capacity|use TopK"):
                 _ = case.spec
         else:
             assert case.spec.router == router

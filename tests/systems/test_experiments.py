@@ -11,10 +11,19 @@ import pytest
 
 from moekit.compare import ModelSpec, StudySpec, budgets
 from moekit.data import ProgressHook, TextSpec
-from moekit.systems import Laboratory, Reproduction, adamoe_experiment, find, moepp, remoe
+from moekit.systems import (
+    Laboratory,
+    Reproduction,
+    adamoe_experiment,
+    find,
+    moepp,
+    rectify_router_experiment,
+    remoe,
+)
+from moekit.systems.rectify_router_experiment import Budget
 from moekit.training import ProgressReporter, SilentProgress
 
-NAMES = ("adamoe", "moepp", "remoe")
+NAMES = ("adamoe", "moepp", "rectify_router", "remoe")
 TINY_MODEL = ModelSpec(width=16, depth=2, heads=2, kv_heads=1)
 TINY_TEXT = TextSpec(source="stdlib", vocab_size=280, sequence_length=32, limit_bytes=60_000)
 
@@ -47,8 +56,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (moepp, remoe):
         monkeypatch.setattr(module, "small_model_study", small)
-    monkeypatch.setattr(adamoe_experiment, "SMALL_MODEL", TINY_MODEL)
-    monkeypatch.setattr(adamoe_experiment, "SMALL_TEXT", TINY_TEXT)
+    for module in (adamoe_experiment, rectify_router_experiment):
+        monkeypatch.setattr(module, "SMALL_MODEL", TINY_MODEL)
+        monkeypatch.setattr(module, "SMALL_TEXT", TINY_TEXT)
+    monkeypatch.setattr(rectify_router_experiment, "QUICK", Budget(steps=4, tuning=3, seeds=1))
 
 
 def run(name: str, folder: Path) -> Reproduction:
@@ -70,8 +81,12 @@ def check(name: str, result: Reproduction) -> None:
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+# Nine short trainings and their surveys: longer than a default test should take.
+LONG = pytest.param("rectify_router", marks=pytest.mark.slow)
+
+
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [LONG if n == "rectify_router" else n for n in NAMES])
 def test_a_tiny_experiment(name: str, tmp_path: Path) -> None:
     result = run(name, tmp_path)
     check(name, result)
