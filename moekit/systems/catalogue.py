@@ -6,6 +6,7 @@ from moekit.errors import SpecError
 from moekit.spec import suggestion
 from moekit.systems.adamoe import ADAMOE
 from moekit.systems.baselines import BASELINES
+from moekit.systems.comet import COMET, COMET_RELATIVES
 from moekit.systems.moepp import MOEPP
 from moekit.systems.planned import PLANNED
 from moekit.systems.remoe import REMOE
@@ -15,13 +16,13 @@ DEFAULT_DESIGNS = ("dense", "topk", "adamoe", "moepp", "remoe")
 
 
 def baselines() -> tuple[System, ...]:
-    """The plain designs."""
-    return BASELINES
+    """The plain designs, and those that belong to a system without being one of their own."""
+    return (*BASELINES, *COMET_RELATIVES)
 
 
 def systems() -> tuple[System, ...]:
     """The published systems, available ones first."""
-    return (MOEPP, ADAMOE, REMOE, *PLANNED)
+    return (MOEPP, ADAMOE, REMOE, COMET, *PLANNED)
 
 
 def find(name: str) -> System:

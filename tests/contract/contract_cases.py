@@ -32,7 +32,9 @@ from moekit.experts import (
 from moekit.layer import MoE, MoESpec
 from moekit.routing import (
     Carry,
+    Comet,
     DenseWarmup,
+    DSelectK,
     Entropy,
     ExpertChoice,
     Hash,
@@ -41,6 +43,7 @@ from moekit.routing import (
     LossSpec,
     NullAwareBalance,
     Pathway,
+    Permuted,
     ReLURouting,
     RouterSpec,
     RouterZ,
@@ -67,6 +70,13 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
     "ReLURouting": (ReLURouting(k=2),),
     "ExpertChoice": (ExpertChoice(capacity=1.5),),
     "Hash": (Hash(k=2, seed=3),),
+    "Comet": (Comet(k=2, gamma=8.0), Comet(k=1, gamma=0.5, hard=True)),
+    # One selector: the gradient of the shares of two cancels to below bfloat16's rounding.
+    "DSelectK": (DSelectK(k=1, gamma=8.0), DSelectK(k=1, gamma=8.0, static=True)),
+    "Permuted": (
+        Permuted(TopK(k=2), steps=5),
+        Permuted(Comet(k=2, gamma=4.0), schedule="paper", steps=5),
+    ),
 }
 
 MIXED = Bank((SwiGLU(count=3, hidden=8), Constant(1), Copy(1), Zero(1)))

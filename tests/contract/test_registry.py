@@ -22,8 +22,18 @@ from contract_cases import (
 from moekit.dispatch import Capacity
 from moekit.errors import SpecError
 from moekit.layer import MoESpec
-from moekit.routing import ExpertChoice, LossSpec, ReLURouting, TopK
+from moekit.routing import (
+    Comet,
+    DSelectK,
+    ExpertChoice,
+    LossSpec,
+    Permuted,
+    ReLURouting,
+    TopK,
+)
 from moekit.spec import Spec
+
+FREE = (ReLURouting, ExpertChoice, Comet, DSelectK, Permuted)  # a free number of experts a token
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
@@ -63,7 +73,7 @@ def test_the_only_refused_pairs_are_capacity_with_a_free_number_of_experts() -> 
     )
     for router, dispatch in pairs:
         case = Case(router, MIXED, dispatch)
-        if isinstance(router, ReLURouting | ExpertChoice) and isinstance(dispatch, Capacity):
+        if isinstance(router, FREE) and isinstance(dispatch, Capacity):
             with pytest.raises(SpecError, match="use Dropless"):
                 _ = case.spec
         else:
