@@ -84,7 +84,7 @@ class HashRouter(Router):
             >>> router = Hash().build(Site(width=4, kinds=("feed_forward",) * 2, vocabulary=4))
             >>> router.balance(torch.tensor([5, 3, 9, 1]))
             >>> router.table_VK.flatten().tolist()
-            [1, 1, 0, 0]
+            [1, 1, 0, 1]
         """
         frequencies = self._checked(frequency_V)
         experts = [(0.0, expert) for expert in range(self.site.experts)]
