@@ -1,6 +1,8 @@
 """Who computes: routers, and the losses that keep them balanced."""
 
+from moekit.routing.comet import Comet, CometRouter
 from moekit.routing.dense_warmup import DenseWarmup, DenseWarmupRouter
+from moekit.routing.dselect_k import DSelectK, DSelectKRouter
 from moekit.routing.expert_choice import ExpertChoice, ExpertChoiceRouter
 from moekit.routing.gumbel import GumbelSoftmax, GumbelSoftmaxRouter
 from moekit.routing.hash import Hash, HashRouter
@@ -16,6 +18,7 @@ from moekit.routing.losses import (
     SwitchBalance,
 )
 from moekit.routing.pathway import Pathway, PathwayRouter
+from moekit.routing.permuted import Permuted, PermutedRouter
 from moekit.routing.relu import ReLURouter, ReLURouting
 from moekit.routing.router import ZERO_COMPUTATION, Router, RouterSpec, Site
 from moekit.routing.routing import Carry, Load, Routing, Signals
@@ -27,6 +30,10 @@ __all__ = [
     "ZERO_COMPUTATION",
     "Batch",
     "Carry",
+    "Comet",
+    "CometRouter",
+    "DSelectK",
+    "DSelectKRouter",
     "DenseToSparse",
     "DenseToSparseRouter",
     "DenseWarmup",
@@ -48,6 +55,8 @@ __all__ = [
     "NullAwareBalance",
     "Pathway",
     "PathwayRouter",
+    "Permuted",
+    "PermutedRouter",
     "ReLURouter",
     "ReLURouting",
     "Router",

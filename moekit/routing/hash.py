@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from moekit.errors import SpecError
+from moekit.errors import SignalError, SpecError
 from moekit.routing.router import Router, RouterSpec, Site
 from moekit.routing.routing import Routing, Signals
 
@@ -65,6 +66,55 @@ class HashRouter(Router):
         stride_K = torch.randperm(experts, generator=generator)[: self.spec.k]
         table_VK = (first_V[:, None] + (stride_K - stride_K[0])[None, :]) % experts
         self.table_VK.copy_(table_VK)
+
+    @torch.no_grad()
+    def balance(self, frequency_V: Tensor) -> None:
+        """Fill the table anew so that experts see equally many tokens (Roller et al. 2021, sec. 3).
+
+        Ids are dealt by falling frequency, each to the k experts with the least load so far.
+
+        Args:
+            frequency_V: how often each id occurs, in any unit.
+
+        Raises:
+            SpecError: there is not one finite, non-negative frequency an id.
+
+        Example:
+            >>> from moekit.routing import Hash, Site
+            >>> router = Hash().build(Site(width=4, kinds=("feed_forward",) * 2, vocabulary=4))
+            >>> router.balance(torch.tensor([5, 3, 9, 1]))
+            >>> router.table_VK.flatten().tolist()
+            [1, 1, 0, 1]
+        """
+        frequencies = self._checked(frequency_V)
+        experts = [(0.0, expert) for expert in range(self.site.experts)]
+        for token in sorted(range(len(frequencies)), key=lambda i: -frequencies[i]):
+            chosen = [heapq.heappop(experts) for _ in range(self.spec.k)]
+            self.table_VK[token] = torch.tensor([expert for _, expert in chosen])
+            for load, expert in chosen:
+                heapq.heappush(experts, (load + frequencies[token], expert))
+
+    def _checked(self, frequency_V: Tensor) -> list[float]:
+        wanted = (self.table_VK.shape[0],)
+        if tuple(frequency_V.shape) != wanted:
+            raise SpecError(
+                f"Hash: frequencies have shape {tuple(frequency_V.shape)}; wanted {wanted}, "
+                "one an id"
+            )
+        if not bool((torch.isfinite(frequency_V) & (frequency_V >= 0)).all()):
+            raise SpecError("Hash: some frequencies are negative or not finite; wanted counts")
+        return [float(value) for value in frequency_V.tolist()]
+
+    def _check(self, x_ND: Tensor, signals: Signals) -> None:
+        super()._check(x_ND, signals)
+        ids_N, size = signals.token_id_N, self.table_VK.shape[0]
+        if torch.compiler.is_compiling() or ids_N is None or ids_N.device.type != "cpu":
+            return  # reading values would wait for the device or end the graph
+        if bool(((ids_N < 0) | (ids_N >= size)).any()):
+            raise SignalError(
+                f"{type(self).__name__}: signal token_id_N holds ids outside 0 to {size - 1}, "
+                "the rows of its table"
+            )
 
     def route(self, x_ND: Tensor, signals: Signals) -> Routing:
         assert signals.token_id_N is not None  # ``requires`` has seen to it

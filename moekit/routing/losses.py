@@ -292,7 +292,10 @@ class _Entropy(Loss):
 
     def forward(self, batch: Batch) -> Tensor:
         if self.spec.of == "token":
-            return batch.mean(torch.special.entr(batch.scores_NE)).sum()
+            # torch.special.entr has a gradient of infinity at 0, which routers do reach.
+            tiny = torch.finfo(batch.scores_NE.dtype).tiny
+            entropy_NE = -batch.scores_NE * batch.scores_NE.clamp_min(tiny).log()
+            return batch.mean(entropy_NE).sum()
         # -Σ p log p̄ with the mean p̄ of all ranks held fixed is linear in this rank's share, has the
         # value of the entropy where p = p̄, and its gradient, for Σ p does not change.
         mean_E = batch.mean(batch.scores_NE)

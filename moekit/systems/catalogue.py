@@ -6,6 +6,7 @@ from moekit.errors import SpecError
 from moekit.spec import suggestion
 from moekit.systems.adamoe import ADAMOE
 from moekit.systems.baselines import BASELINES
+from moekit.systems.comet import COMET, COMET_RELATIVES
 from moekit.systems.gg_moe import GG_MOE
 from moekit.systems.moepp import MOEPP
 from moekit.systems.momentum_smoe import MOMENTUM_SMOE
@@ -19,8 +20,8 @@ DEFAULT_DESIGNS = ("dense", "topk", "adamoe", "moepp", "remoe")
 
 
 def baselines() -> tuple[System, ...]:
-    """The plain designs."""
-    return BASELINES
+    """The plain designs, and those that belong to a system without being one of their own."""
+    return (*BASELINES, *COMET_RELATIVES)
 
 
 def systems() -> tuple[System, ...]:
@@ -33,6 +34,7 @@ def systems() -> tuple[System, ...]:
         GG_MOE,
         MOMENTUM_SMOE,
         RECTIFY_ROUTER,
+        COMET,
         *PLANNED,
     )
 

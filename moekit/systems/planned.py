@@ -101,12 +101,6 @@ PLANNED = (
         "an expert store, a cache, a predictor",
     ),
     _planned(
-        "comet",
-        "COMET: tree gates, local search over permutations, DSelect-k",
-        "2306.02824",
-        "tree and selector routers, a permuted router",
-    ),
-    _planned(
         "mome",
         "MoME: Matryoshka experts shared across scales for audio-visual speech",
         "2510.04136",

@@ -45,7 +45,7 @@ def broken(tmp_path: Path) -> Path:
     [
         ("--designs=nothing", "'nothing' is no design"),
         ("--designs=remo", "did you mean remoe"),
-        ("--designs=comet", "not part of this version"),
+        ("--designs=fate", "not part of this version"),
         ("--designs=", "no design to compare"),
         ("--designs=topk,topk", "repeated: topk"),
         ("--designs=gone.json", "gone.json cannot be read"),

@@ -32,8 +32,10 @@ from moekit.experts import (
 from moekit.layer import MoE, MoESpec
 from moekit.routing import (
     Carry,
+    Comet,
     DenseToSparse,
     DenseWarmup,
+    DSelectK,
     Entropy,
     ExpertChoice,
     GumbelSoftmax,
@@ -43,6 +45,7 @@ from moekit.routing import (
     LossSpec,
     NullAwareBalance,
     Pathway,
+    Permuted,
     ReLURouting,
     RouterSpec,
     RouterZ,
@@ -75,6 +78,13 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
         DenseToSparse(activation="sigmoid", bias=False, noise=True),
     ),
     "GumbelSoftmax": (GumbelSoftmax(), GumbelSoftmax(temperature=0.5, hard=True, seed=3)),
+    "Comet": (Comet(k=2, gamma=8.0), Comet(k=1, gamma=0.5, hard=True)),
+    # One selector: the gradient of the shares of two cancels to below bfloat16's rounding.
+    "DSelectK": (DSelectK(k=1, gamma=8.0), DSelectK(k=1, gamma=8.0, static=True)),
+    "Permuted": (
+        Permuted(TopK(k=2), steps=5),
+        Permuted(Comet(k=2, gamma=4.0), schedule="paper", steps=5),
+    ),
 }
 
 MIXED = Bank((SwiGLU(count=3, hidden=8), Constant(1), Copy(1), Zero(1)))

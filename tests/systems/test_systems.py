@@ -46,8 +46,8 @@ def test_find() -> None:
     assert find("moepp").name == "moepp"
     with pytest.raises(SpecError, match="did you mean remoe"):
         find("remoee")
-    with pytest.raises(SpecError, match="comet is specified but not part of this version"):
-        find("comet")
+    with pytest.raises(SpecError, match="fate is specified but not part of this version"):
+        find("fate")
 
 
 @pytest.mark.parametrize("shape", [Shape(2, 8, 1), Shape(8, 16, 2), Shape(16, 8, 4)], ids=str)
