@@ -12,6 +12,8 @@ import torch
 from command_line import Moekit
 from safetensors.torch import load_file, save_file
 
+from moekit.systems.planned import PLANNED
+
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
@@ -45,7 +47,7 @@ def broken(tmp_path: Path) -> Path:
     [
         ("--designs=nothing", "'nothing' is no design"),
         ("--designs=remo", "did you mean remoe"),
-        ("--designs=fate", "not part of this version"),
+        (f"--designs={PLANNED[0].name}", "not part of this version"),
         ("--designs=", "no design to compare"),
         ("--designs=topk,topk", "repeated: topk"),
         ("--designs=gone.json", "gone.json cannot be read"),
@@ -346,7 +348,11 @@ def test_inspect_of_a_model_without_routers(moekit: Moekit, tiny: list[str], tex
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("nothing", "no design or system"), ("comet", "not part of"), ("dense", "has no experiment")],
+    [
+        ("nothing", "no design or system"),
+        (PLANNED[0].name, "not part of"),
+        ("dense", "has no experiment"),
+    ],
 )
 def test_reproduce(moekit: Moekit, tmp_path: Path, name: str, said: str) -> None:
     assert said in moekit("reproduce", name).sentence
