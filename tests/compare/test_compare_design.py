@@ -28,11 +28,12 @@ from moekit.compare.run import folder_name
 from moekit.errors import SpecError
 from moekit.measure import count_flops, parameter_counts
 from moekit.models.language import MoEDecoderForCausalLM
-from moekit.systems import Shape, baselines, systems
+from moekit.systems import Shape, baselines, find, systems
 
 MODEL = ModelSpec(width=32, depth=3, heads=2, kv_heads=1)
 NAMED = [s.design for s in (*baselines(), *systems()) if s.design is not None]
-SHAPES = [Shape(8, 64, 2), Shape(4, 256, 1), Shape(16, 40, 3)]
+# A gate that runs every expert needs k times the width to be E times the narrowest expert at least.
+SHAPES = [Shape(8, 64, 2), Shape(4, 256, 1), Shape(16, 72, 3)]
 
 
 def active(design: Design) -> int:
@@ -61,6 +62,13 @@ def test_active_parameters_of_built_models_are_equal_within_one_step_of_width(
     target = active(designs[0])
     for design in designs[1:]:
         assert abs(active(design) - target) <= one_unit(design), design.name
+
+
+def test_a_gate_that_runs_every_expert_may_cost_too_much_at_any_width() -> None:
+    made = (find(name).design for name in ("dense", "gg_moe"))
+    designs = [make(Shape(16, 40, 3)) for make in made if make is not None]
+    with pytest.raises(SpecError, match="gg_moe costs more than the first design"):
+        matched(designs, MODEL, "active")
 
 
 def test_flops_of_built_models_are_equal() -> None:
