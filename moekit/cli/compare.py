@@ -38,7 +38,7 @@ def compare_command(
     data: opt.Data = "stdlib",
     output: opt.Output = Path("moekit-compare"),
     seeds: Annotated[int, typer.Option(help="Seeds a design; three give an uncertainty.")] = 1,
-    steps: opt.Steps = 120,
+    steps: opt.Steps = 70,
     match: Annotated[
         str,
         typer.Option(
