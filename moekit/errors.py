@@ -36,5 +36,9 @@ class DivergedError(MoekitError, ArithmeticError):
     """Training whose loss stopped being a finite number."""
 
 
+class ProcessError(MoekitError, RuntimeError):
+    """A process that did part of the work and ended without a result."""
+
+
 class MissingExtraError(MoekitError, ImportError):
     """A feature whose optional dependency is not installed."""

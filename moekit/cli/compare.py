@@ -96,7 +96,7 @@ def compare_command(
     opt.require_writable(output)
     followers = opt.trackers(report_to)
     with StudyBars(quiet=quiet) as bars:
-        study = compare(spec, output, progress=bars, device=where, report_to=followers)
+        study = compare(spec, output, progress=bars, device=where, report_to=followers, apart=True)
         written = write_report(study, output)
     if as_json:
         typer.echo(json.dumps(written.results, indent=1, ensure_ascii=False))

@@ -32,8 +32,8 @@ class RunRecord:
             ones, from the rows that were really computed at each step.
         tokens: tokens trained on.
         tokens_per_second: median over the training steps.
-        peak_memory_bytes: highest memory during the run: of torch's tensors on a GPU, on a CPU of
-            the whole process, with what libraries cached in earlier runs of it.
+        peak_memory_bytes: highest memory during the training: of torch's tensors on a GPU, on a
+            CPU of the process, which is the run's own if the study ran them ``apart``.
         statistics: routing statistics on validation text; empty for dense designs.
         tokens_report: experts a token by token type and the tokens of each expert.
         history: one row a logged step.

@@ -118,9 +118,9 @@ _READING = (
     "not dispatched are not in them.",
     "The expert phase is the measured time of planning, gathering, computing and combining rows "
     "in all layers, forward. All designs took turns in one measurement on the same batches. "
-    "Memory is the peak of torch's tensors on a GPU, and on a CPU of the whole process, which "
-    "keeps caches of earlier runs: there, designs after the first look larger than they are. Load "
-    "is the largest over the mean load of the feed-forward experts, 1 when even.",
+    "Memory is the peak while training: of torch's tensors on a GPU, on a CPU of the whole process "
+    "that trains, with Python and its libraries. The command gives every run a process of its own. "
+    "Load is the largest over the mean load of the feed-forward experts, 1 when even.",
 )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from moekit.compare.apart import run_apart
 from moekit.compare.design import Design, Match, ModelSpec, matched
 from moekit.compare.machine import machine
 from moekit.compare.record import RunRecord, write_json
@@ -121,6 +122,7 @@ def compare(
     progress: StudyProgress,
     device: str = "cpu",
     report_to: Sequence[str] = (),
+    apart: bool = False,
 ) -> Study:
     """Train every design with every seed, or take up where an earlier call stopped.
 
@@ -133,14 +135,19 @@ def compare(
         progress: told how far it is.
         device: where to train.
         report_to: trackers of :class:`transformers.Trainer`, such as ``tensorboard``.
+        apart: give every run a fresh process, so that peak memory on a CPU is the run's own. A
+            script that asks for it must guard its entry with ``if __name__ == "__main__"``, as
+            with every use of :mod:`multiprocessing`.
 
     Raises:
         SpecError: a design cannot be built or matched.
         OutputError: ``output`` cannot be written, or holds another study.
         DataError: the text cannot be read.
         DivergedError: a loss stopped being finite.
+        ProcessError: the process of a run was killed.
     """
     spec = spec.matched()
+    run = run_apart if apart else run_design
     _require_free(output, spec)
     data = prepare(spec.text, progress=progress.preparing())
     write_json(output / CLAIM, spec.to_dict())
@@ -152,9 +159,7 @@ def compare(
         if record is None:
             reporter = progress.run(design.name, seed, index, len(runs))
             training = spec.training.replace(seed=seed)
-            record = run_design(
-                design, spec.model, training, data, place, reporter, device, report_to
-            )
+            record = run(design, spec.model, training, data, place, reporter, device, report_to)
         else:
             progress.found(design.name, seed)
         records.append(record)

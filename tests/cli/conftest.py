@@ -12,6 +12,8 @@ from command_line import Ended, Moekit
 from transformers.utils import logging
 
 from moekit.cli.main import main
+from moekit.compare import study as study_module
+from moekit.compare.run import run_design
 
 SIZES = (
     *("--steps=4", "--batch-size=2", "--sequence-length=16", "--vocab-size=280"),
@@ -24,8 +26,13 @@ SIZES = (
 def moekit(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Iterator[Moekit]:
-    """A function that runs ``moekit ARGUMENTS`` in an empty working folder."""
+    """A function that runs ``moekit ARGUMENTS`` in an empty working folder.
+
+    Runs of a study share this process, which saves the seconds that a new one takes to import
+    torch; the command in a process of its own has its own tests.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study_module, "run_apart", run_design)
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
 
     def run(*arguments: object) -> Ended:
@@ -63,6 +70,7 @@ def study(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["compare", "--designs=moepp,topk", f"--data={text}", f"--output={output}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["moekit", *arguments, "--quiet", *SIZES])
+        patch.setattr(study_module, "run_apart", run_design)
         with pytest.raises(SystemExit, match=r"^0$"):
             main()
     return output

@@ -1,0 +1,175 @@
+"""A run in a process of its own, so that what it holds in memory is its own too.
+
+Libraries keep caches from run to run in one process, and the peak of a later run would then count
+what earlier ones left. A run that the system kills for lack of memory also leaves the study alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from moekit.compare.design import Design, ModelSpec
+from moekit.compare.record import RunRecord
+from moekit.compare.run import RunPlace, run_design
+from moekit.data import TextData
+from moekit.errors import MoekitError, ProcessError
+from moekit.training import ProgressReporter, TrainingSpec
+
+
+def run_apart(
+    design: Design,
+    model_spec: ModelSpec,
+    training: TrainingSpec,
+    data: TextData,
+    place: RunPlace,
+    reporter: ProgressReporter,
+    device: str = "cpu",
+    report_to: Sequence[str] = (),
+) -> RunRecord:
+    """:func:`~moekit.compare.run.run_design` in a fresh process; the reporter stays in this one.
+
+    Raises:
+        ProcessError: the process ended without a result, as when the system kills it.
+        MoekitError: what ``run_design`` raised there.
+    """
+    name = f"{design.name}, seed {training.seed}"
+    arguments = (design, model_spec, training, data, place)
+
+    with _Worker(name, run_design, arguments, (device, report_to)) as worker:
+        return worker.attend(reporter)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a process sets for itself and does not hand to one that it spawns."""
+
+    threads: int
+    verbosity: int
+
+    @classmethod
+    def present(cls) -> _Settings:
+        return cls(torch.get_num_threads(), logging.get_verbosity())  # type: ignore[no-untyped-call]
+
+    def apply(self) -> None:
+        torch.set_num_threads(self.threads)
+        logging.set_verbosity(self.verbosity)  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the reporter tells
+
+
+class _Worker:
+    """A spawned process that calls ``function(*before, reporter, *after)``; a context manager."""
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], before: Sequence[Any], after: Sequence[Any]
+    ) -> None:
+        spawning = multiprocessing.get_context("spawn")  # forking would share what torch has cached
+        self._name = name
+        self._receiver, self._sender = spawning.Pipe(duplex=False)
+        target = (self._sender, _Settings.present(), function, tuple(before), tuple(after))
+        self._process: SpawnProcess = spawning.Process(target=_work, args=target)
+
+    def __enter__(self) -> _Worker:
+        with _interrupts_ignored():
+            self._process.start()
+        self._sender.close()  # so that the other end's closing is seen
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()  # does nothing to a process that has ended
+        self._process.join()
+        self._receiver.close()
+
+    def attend(self, reporter: ProgressReporter) -> Any:
+        """Pass its progress on until it has a result."""
+        while True:
+            try:
+                what, content = self._receiver.recv()
+            except EOFError:
+                self._process.join()
+                raise ProcessError(self._ending()) from None
+            if what == "result":
+                return content
+            if what == "error":
+                raise content
+            getattr(reporter, what)(*content)
+
+    def _ending(self) -> str:
+        code = self._process.exitcode or 0
+        if code < 0:
+            return (
+                f"the process of {self._name} was killed ({signal.Signals(-code).name}), as a "
+                "system does when memory runs out; give it more, use a smaller batch or a smaller "
+                "model, and run the same again to go on"
+            )
+        return f"the process of {self._name} ended with code {code} and no result; see above why"
+
+
+class _Remote:
+    """A :class:`ProgressReporter` that tells the process which waits."""
+
+    def __init__(self, sender: Connection[Any, Any]) -> None:
+        self._sender = sender
+
+    def start(self, total: int, description: str) -> None:
+        self._sender.send(("start", (total, description)))
+
+    def update(self, step: int, loss: float | None, tokens_per_second: float | None) -> None:
+        self._sender.send(("update", (step, loss, tokens_per_second)))
+
+    def finish(self) -> None:
+        self._sender.send(("finish", ()))
+
+
+def _work(
+    sender: Connection[Any, Any],
+    settings: _Settings,
+    function: Callable[..., Any],
+    before: Sequence[Any],
+    after: Sequence[Any],
+) -> None:
+    """The life of the process. If nobody listens any more, its next word ends it."""
+    settings.apply()
+    try:
+        message = ("result", function(*before, _Remote(sender), *after))
+    except BrokenPipeError:
+        return
+    except Exception as error:  # whatever it is, it is the waiting process's to show
+        message = ("error", _portable(error))
+    sender.send(message)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it can be sent, with the trace that a defect needs."""
+    if isinstance(error, MoekitError):
+        return error
+    error.add_note(f"in the process of the run:\n{traceback.format_exc()}")
+    try:
+        return pickle.loads(pickle.dumps(error))  # some can be packed and not unpacked
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception_only(error)).strip())
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A process started meanwhile ignores control-C for good: the one that waits ends it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers, and only it is interrupted
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
