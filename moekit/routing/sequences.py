@@ -78,7 +78,7 @@ class Sequences:
 
     def split(self, value_N: Tensor) -> Tensor:
         """Rows (N, ...) as sequences (B, T, ...)."""
-        return value_N.unflatten(0, (self.count, -1 if self.count else 0))
+        return value_N.unflatten(0, (self.count, -1))
 
     def check(self, rows: int) -> None:
         """Refuse a number of rows that these sequences cannot have.
@@ -86,15 +86,14 @@ class Sequences:
         Raises:
             SignalError: it does not divide evenly, or the shape of ``visible_BTP`` does not fit.
         """
-        if self.count < 1 if rows else self.count < 0:
-            raise SignalError(f"signal sequences has {self.count} sequences; wanted at least 1")
-        if rows % max(self.count, 1):
+        length, rest = divmod(rows, self.count) if self.count > 0 else (0, rows)
+        if rest:
             raise SignalError(
                 f"signal sequences has {self.count} sequences, which {rows} rows cannot form; "
                 "wanted the flattened rows of (B, T, D) with count=B"
             )
         if self.visible_BTP is not None:
-            self._check_visible(self.visible_BTP, rows // max(self.count, 1))
+            self._check_visible(self.visible_BTP, length)
 
     def _check_visible(self, visible_BTP: Tensor, length: int) -> None:
         wanted = f"({self.count} or 1, {length}, {'P' if self.memory else length}) of torch.bool"

@@ -117,11 +117,13 @@ class TokenGraphRouter(Router):
 
     def _average(self, value_NE: Tensor, x_ND: Tensor, signals: Signals) -> Tensor:
         sequences = _sequences(signals)
+        if not sequences.count:
+            return value_NE  # no rows either
         view = sequences.view(signals.valid_N)
         value_BTE, x_BTD = sequences.split(value_NE), sequences.split(x_ND)
         key_BTC = sequences.split(self.key(x_ND, signals))
         value_BPE, key_BPC = sequences.remember(value_BTE, key_BTC)
-        if signals.attention is not None and len(x_ND):
+        if signals.attention is not None:
             signals.attention.check(*x_BTD.shape[:2], value_BPE.shape[1])
             if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
                 signals.attention.check_values(view)

@@ -586,7 +586,7 @@ def test_sigmoid_logits_can_be_averaged() -> None:
         ({"sequences": None}, r"rows \(N, D\) do not say which \(B, T, D\) they form"),
         ({"attention": None}, "needs the signal attention, which was not passed"),
         ({"sequences": Sequences(5)}, "has 5 sequences, which 12 rows cannot form"),
-        ({"sequences": Sequences(0)}, "has 0 sequences; wanted at least 1"),
+        ({"sequences": Sequences(0)}, "has 0 sequences, which 12 rows cannot form"),
         (
             {"sequences": Sequences(3, everyone(2, 4))},
             r"visible_BTP is \(2, 4, 4\) of torch.bool; wanted \(3 or 1, 4, 4\) of torch.bool",

@@ -96,7 +96,9 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
         mask = create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs)
         read = mask
         if not is_readable(config):
-            read = create_masks_for_generate(AS_SDPA, inputs_embeds, attention_mask, *args, **kwargs)
+            read = create_masks_for_generate(
+                AS_SDPA, inputs_embeds, attention_mask, *args, **kwargs
+            )
         valid_BT = valid_tokens(attention_mask, inputs_embeds.shape[1])
         return {"full_attention": mask, "visible": read, "valid": valid_BT}
 
