@@ -93,14 +93,12 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
         A prepared causal mask no longer tells which of its queries are padding, and not every
         attention implementation has one that routers can read.
         """
-        mask = create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs)
-        read = mask
+        given = (inputs_embeds, attention_mask, *args)
+        mask = visible = create_masks_for_generate(config, *given, **kwargs)
         if not is_readable(config):
-            read = create_masks_for_generate(
-                AS_SDPA, inputs_embeds, attention_mask, *args, **kwargs
-            )
+            visible = create_masks_for_generate(AS_SDPA, *given, **kwargs)
         valid_BT = valid_tokens(attention_mask, inputs_embeds.shape[1])
-        return {"full_attention": mask, "visible": read, "valid": valid_BT}
+        return {"full_attention": mask, "visible": visible, "valid": valid_BT}
 
 
 class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-call]
