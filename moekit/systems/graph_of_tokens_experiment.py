@@ -42,7 +42,7 @@ ROUTERS: dict[str, RouterSpec] = {
     "attention-aware": AttentionAware(TopK(k=2)),
 }
 MODEL = ModelSpec(width=64, depth=4, heads=4, kv_heads=4)
-STEPS, SEEDS, KEPT = 1500, 3, 5
+STEPS, SEEDS, KEPT = 1000, 3, 5
 STRESS_SEEDS = 20
 
 
