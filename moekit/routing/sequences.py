@@ -148,7 +148,7 @@ class Attention:
 
     def replace(self, **changes: object) -> Self:
         """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **changes)
 
     def to(self, device: torch.device | str | int) -> Self:
         """The same on ``device``."""

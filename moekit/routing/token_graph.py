@@ -124,7 +124,7 @@ class TokenGraphRouter(Router):
         key_BTC = sequences.split(self.key(x_ND, signals))
         value_BPE, key_BPC = sequences.remember(value_BTE, key_BTC)
         if signals.attention is not None:
-            signals.attention.check(*x_BTD.shape[:2], value_BPE.shape[1])
+            signals.attention.check(sequences.count, x_BTD.shape[1], value_BPE.shape[1])
             if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
                 signals.attention.check_values(view)
         graph = self.attention(x_BTD, key_BPC, signals, view)

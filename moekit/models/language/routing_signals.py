@@ -58,7 +58,7 @@ def _layer_like(layer: Any) -> DynamicLayer | StaticLayer:
     """An empty layer that holds as many tokens."""
     if isinstance(layer, StaticLayer):
         return StaticLayer(max_cache_len=layer.max_cache_len)
-    return DynamicLayer()
+    return DynamicLayer()  # type: ignore[no-untyped-call]
 
 
 def is_readable(config: MoEDecoderConfig) -> bool:
