@@ -78,8 +78,8 @@ def experiment(lab: Laboratory) -> Reproduction:
     found: dict[str, list[Score]] = {name: [] for name in ROUTERS}
     runs = [(design, seed) for seed in spec.seeds for design in spec.designs]
     for index, (design, seed) in enumerate(runs):
-        score = _stored_or_run(lab, spec, data, design, seed, (index, len(runs)))
-        found[design.name].append(score)
+        trial = _Trial(spec, data, design, seed, (index, len(runs)))
+        found[design.name].append(_stored_or_run(lab, trial))
     flips = [flip_rates(seed) for seed in range(lab.seed, lab.seed + STRESS_SEEDS)]
     return Reproduction(
         system="graph_of_tokens",
@@ -118,21 +118,29 @@ def _design(name: str, router: RouterSpec) -> Design:
     return Design(name, (MoESpec(router, experts, losses=(SwitchBalance(0.01),)),))
 
 
-def _stored_or_run(
-    lab: Laboratory,
-    spec: StudySpec,
-    data: TextData,
-    design: Design,
-    seed: int,
-    place: tuple[int, int],
-) -> Score:
-    path = lab.output / f"{design.name}-seed{seed}.json"
-    stored = _stored(path, spec)
+@dataclass(frozen=True)
+class _Trial:
+    """One design of the study with one seed, and which of how many runs it is."""
+
+    spec: StudySpec
+    data: TextData
+    design: Design
+    seed: int
+    place: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.design.name}-seed{self.seed}"
+
+
+def _stored_or_run(lab: Laboratory, trial: _Trial) -> Score:
+    path = lab.output / f"{trial.name}.json"
+    stored = _stored(path, trial.spec)
     if stored is not None:
-        lab.progress.found(design.name, seed)
+        lab.progress.found(trial.design.name, trial.seed)
         return stored
-    score = _run(lab, spec, data, design, seed, place)
-    write_json(path, {"study": spec.to_dict(), "score": asdict(score)})
+    score = _run(lab, trial)
+    write_json(path, {"study": trial.spec.to_dict(), "score": asdict(score)})
     return score
 
 
@@ -145,23 +153,17 @@ def _stored(path: Path, spec: StudySpec) -> Score | None:
         return None
 
 
-def _run(
-    lab: Laboratory,
-    spec: StudySpec,
-    data: TextData,
-    design: Design,
-    seed: int,
-    place: tuple[int, int],
-) -> Score:
-    folder = lab.output / "training" / f"{design.name}-seed{seed}"
-    model = on_device(build_model(design, spec.model, data, seed), lab.device)
+def _run(lab: Laboratory, trial: _Trial) -> Score:
+    spec, data, seed, name = trial.spec, trial.data, trial.seed, trial.design.name
+    folder = lab.output / "training" / trial.name
+    model = on_device(build_model(trial.design, spec.model, data, seed), lab.device)
     result = train(
         model,
         data,
         spec.training.replace(seed=seed),
         folder,
-        progress=lab.progress.run(design.name, seed, *place),
-        description=f"{design.name}, seed {seed}",
+        progress=lab.progress.run(name, seed, *trial.place),
+        description=f"{name}, seed {seed}",
     )
     found = survey(model, data, spec.training.batch_size)
     slots, tokens = _fluctuation(folder, data, lab.device)
