@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moekit.errors import SignalError
 from moekit.routing.router import Site, routing_dtype
 from moekit.routing.routing import Signals
 from moekit.routing.sequences import Attention, AttentionWeights, View
@@ -62,10 +63,18 @@ class AttentionAwareRouter(TokenGraphRouter):
         if self.spec.heads != "posterior":
             return super().key(x_ND, signals)
         assert signals.value_ND is not None  # required
+        if signals.value_ND.shape != x_ND.shape:
+            raise SignalError(
+                f"{type(self).__name__}: signal value_ND has shape {tuple(signals.value_ND.shape)};"
+                f" wanted {tuple(x_ND.shape)}, that of the rows"
+            )
         return signals.value_ND.to(routing_dtype(x_ND))
 
     def attention(self, x_BTD: Tensor, key_BPC: Tensor, signals: Signals, view: View) -> Attention:
         assert signals.attention is not None  # required
+        signals.attention.check(x_BTD.shape[0], x_BTD.shape[1], key_BPC.shape[1])
+        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+            signals.attention.check_values(view)
         if self.spec.heads == "mean":
             return signals.attention
         weight_BATP = signals.attention.weights(view)

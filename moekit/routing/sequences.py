@@ -72,7 +72,7 @@ class Sequences:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str | int) -> Self:
-        """The same on ``device``; memory stays where it is and moves what it returns."""
+        """The same on ``device``; memory is shared, and keeps rows on the device they come from."""
         visible = self.visible_BTP
         return self.replace(visible_BTP=None if visible is None else visible.to(device))
 
@@ -167,7 +167,7 @@ class Attention:
         raise NotImplementedError
 
     def check(self, sequences: int, length: int, seen: int) -> None:
-        """Refuse shapes that do not fit B sequences of T rows over P tokens.
+        """Refuse shapes that do not fit B ``sequences`` of T rows over P tokens.
 
         Raises:
             SignalError: names the shapes that were given and those that are wanted.

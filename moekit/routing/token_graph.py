@@ -123,10 +123,6 @@ class TokenGraphRouter(Router):
         value_BTE, x_BTD = sequences.split(value_NE), sequences.split(x_ND)
         key_BTC = sequences.split(self.key(x_ND, signals))
         value_BPE, key_BPC = sequences.remember(value_BTE, key_BTC)
-        if signals.attention is not None:
-            signals.attention.check(sequences.count, x_BTD.shape[1], value_BPE.shape[1])
-            if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
-                signals.attention.check_values(view)
         graph = self.attention(x_BTD, key_BPC, signals, view)
         graph = graph.detach() if self.spec.detach else graph
         return view.own_where_alone(graph.average(value_BPE, view), value_BTE).flatten(0, 1)

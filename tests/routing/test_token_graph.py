@@ -611,6 +611,8 @@ def test_a_posterior_without_values_is_refused() -> None:
     router, (x_BTD, signals) = built(AttentionAware(heads="posterior")), drawn(3, 4)
     with pytest.raises(SignalError, match="needs the signal value_ND"):
         router(x_BTD.flatten(0, 1), signals.replace(value_ND=None))
+    with pytest.raises(SignalError, match=r"value_ND has shape \(12, 4\); wanted \(12, 5\)"):
+        router(x_BTD.flatten(0, 1), signals.replace(value_ND=torch.ones(12, 4)))
 
 
 def test_weights_that_do_not_sum_to_one_are_refused_in_anomaly_mode() -> None:
