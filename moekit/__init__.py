@@ -9,6 +9,7 @@ from moekit.experts import GEGLU, GELU, Bank, Constant, Copy, ReLU, SwiGLU, Zero
 from moekit.layer import MoE, MoEOutput, MoESpec
 from moekit.residual import AdamFirst, AdamMomentum, HeavyBall, Plain, RobustMomentum
 from moekit.routing import (
+    AttentionAware,
     Carry,
     DenseToSparse,
     Entropy,
@@ -22,7 +23,9 @@ from moekit.routing import (
     ReLURouting,
     RouterZ,
     Routing,
+    Sequences,
     Signals,
+    SimilarityAware,
     SwitchBalance,
     TopK,
 )
@@ -34,6 +37,7 @@ __all__ = [
     "GELU",
     "AdamFirst",
     "AdamMomentum",
+    "AttentionAware",
     "Bank",
     "Capacity",
     "Carry",
@@ -61,7 +65,9 @@ __all__ = [
     "RobustMomentum",
     "RouterZ",
     "Routing",
+    "Sequences",
     "Signals",
+    "SimilarityAware",
     "SwiGLU",
     "SwitchBalance",
     "TopK",

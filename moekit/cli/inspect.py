@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +22,22 @@ from moekit.cli.progress import StudyBars
 from moekit.compare.record import write_json
 from moekit.data import prepare
 from moekit.errors import CheckpointError, SpecError
-from moekit.measure import CheckpointStructure, TokenRouting, inspect_checkpoint, token_routing
+from moekit.measure import (
+    CheckpointStructure,
+    Fluctuation,
+    TokenRouting,
+    inspect_checkpoint,
+    routing_fluctuation,
+    token_routing,
+)
+from moekit.measure.observe import TokenBlocks
 from moekit.measure.report import (
     Code,
     Facts,
     Report,
     RoutedModel,
     Section,
+    fluctuation_section,
     plain_routing,
     routing_sections,
     series_styles,
@@ -35,6 +47,7 @@ EXAMPLES = """\
   moekit inspect runs/moepp/model
   moekit inspect my/olmoe --data my/texts --output runs/olmoe-routing
   moekit inspect allenai/OLMoE-1B-7B-0924 --json
+  moekit inspect run/checkpoint-900 --data my/texts --against run/checkpoint-800
 """
 
 
@@ -42,6 +55,13 @@ def inspect_command(
     checkpoint: Annotated[str, typer.Argument(help="Folder or hub name of any MoE checkpoint.")],
     data: Annotated[
         str | None, typer.Option(help="Text to route: adds routing statistics and a report.")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Earlier checkpoint of the same model, oldest first if several: adds what part "
+            "of the routing changed from each to the next. Needs --data."
+        ),
     ] = None,
     text_column: opt.TextColumn = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
@@ -58,17 +78,19 @@ def inspect_command(
 
     Works on moekit's checkpoints and on every MoE model of transformers. With --data, the model is
     loaded and run on the text, and its routing is reported: load of each expert, experts a token,
-    and which tokens each expert takes.
+    entropy of the choice, and which tokens each expert takes.
     """
     where = opt.device_of(device)
     if batches < 1:
         raise SpecError(f"--batches is {batches}; wanted at least 1")
+    if against and data is None:
+        raise SpecError("--against compares the routing of a text; give it with --data")
     structure = inspect_checkpoint(checkpoint)
     if data is not None and not structure.moe_layers:
         raise CheckpointError(
             f"{checkpoint} has no MoE layers and so no routing to report; leave --data out"
         )
-    found = None
+    found, changes = None, None
     if data is not None:
         opt.require_writable(output)
         spec = opt.text_spec(data, text_column, checkpoint, 4096, sequence_length)
@@ -76,26 +98,64 @@ def inspect_command(
             text = prepare(spec.replace(seed=seed), progress=bars.preparing())
         model = nn.Module.to(load_model(checkpoint), where)
         found = token_routing(model, text.train, text.tokenizer, text.groups, max_batches=batches)
-        _write(structure, found, output)
+        if against:
+            changes = _changes(against, checkpoint, model, text.train, batches)
+        _write(structure, found, changes, output)
     if as_json:
-        typer.echo(json.dumps(_plain(structure, found), indent=1, ensure_ascii=False))
+        plain = _plain(structure, found, changes)
+        typer.echo(json.dumps(plain, indent=1, ensure_ascii=False))
         return
     _show(structure)
     if found is not None:
         _show_routing(found)
+        if changes is not None:
+            _show_changes(changes)
         typer.echo(f"Report: {output / 'report.html'}")
         typer.echo(f"Raw results: {output / 'inspection.json'}")
 
 
-def _plain(structure: CheckpointStructure, found: TokenRouting | None) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """What changed from each checkpoint to the next, and the names of all."""
+
+    names: tuple[str, ...]
+    found: list[tuple[Fluctuation, ...]]
+
+    def plain(self) -> list[dict[str, Any]]:
+        """JSON values, one entry a pair of neighbours."""
+        pairs = zip(itertools.pairwise(self.names), self.found, strict=True)
+        return [
+            {"before": before, "after": after, "layers": [dataclasses.asdict(x) for x in layers]}
+            for (before, after), layers in pairs
+        ]
+
+
+def _changes(
+    against: Sequence[str], checkpoint: str, model: nn.Module, text: TokenBlocks, batches: int
+) -> _Changes:
+    """One model at a time is held beside the inspected one, which comes last."""
+    device = next(model.parameters()).device
+    earlier = (nn.Module.to(load_model(name), device) for name in against)
+    models = itertools.chain(earlier, [model])
+    found = routing_fluctuation(models, text, max_batches=batches)
+    return _Changes((*against, checkpoint), found)
+
+
+def _plain(
+    structure: CheckpointStructure, found: TokenRouting | None, changes: _Changes | None
+) -> dict[str, Any]:
     plain: dict[str, Any] = {"structure": dataclasses.asdict(structure)}
     if found is not None:
         plain["routing"] = found.statistics.summary() | plain_routing(found)
+    if changes is not None:
+        plain["fluctuation"] = changes.plain()
     return plain
 
 
-def _write(structure: CheckpointStructure, found: TokenRouting, output: Path) -> None:
-    write_json(output / "inspection.json", _plain(structure, found))
+def _write(
+    structure: CheckpointStructure, found: TokenRouting, changes: _Changes | None, output: Path
+) -> None:
+    write_json(output / "inspection.json", _plain(structure, found, changes))
     model = RoutedModel(structure.name, found.statistics.summary()["layers"], plain_routing(found))
     facts = [
         ("architecture", structure.architecture),
@@ -109,6 +169,8 @@ def _write(structure: CheckpointStructure, found: TokenRouting, output: Path) ->
         Section("Structure", [Facts(facts), Code(parts)]),
         *routing_sections([model], series_styles([model.name])),
     ]
+    if changes is not None:
+        sections.append(fluctuation_section(changes.names, changes.found))
     Report(f"Routing of {structure.name}", sections).write(output / "report.html")
 
 
@@ -173,4 +235,19 @@ def _show_routing(found: TokenRouting) -> None:
             "" if entropy is None else f"{entropy:.3f}",
             f"{layer['feed_forward_experts_per_token']:.2f}",
         )
+    Console(highlight=False).print(table)
+
+
+def _show_changes(changes: _Changes) -> None:
+    table = Table(title="Routing that changed, mean over layers", box=box.SIMPLE_HEAD)
+    for name in ("from", "to"):
+        table.add_column(name, overflow="fold")
+    for name in ("tokens", "slots"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for pair in changes.plain():
+        means = (
+            statistics.fmean(layer[name] for layer in pair["layers"])
+            for name in ("changed_tokens", "changed_slots")
+        )
+        table.add_row(pair["before"], pair["after"], *(f"{mean:.2%}" for mean in means))
     Console(highlight=False).print(table)

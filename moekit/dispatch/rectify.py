@@ -27,6 +27,7 @@ from moekit.experts.experts import Experts
 from moekit.experts.groups import GroupedMM
 from moekit.routing.router import ZERO_COMPUTATION, RouterSpec
 from moekit.routing.routing import Routing, count_ids
+from moekit.routing.token_graph import TokenGraph
 from moekit.routing.top_k import TopK
 
 # Smaller probabilities count as this and get no gradient: 1 / p times a gradient would overflow.
@@ -91,6 +92,8 @@ class Rectified(DispatchSpec):
         )
 
     def check_layer(self, router: RouterSpec, kinds: tuple[str, ...]) -> None:
+        if isinstance(router, TokenGraph):  # which ends in a top-k choice by the averaged scores
+            router = router.router
         if not isinstance(router, TopK):
             name = type(router).__name__
             raise SpecError(f"Rectified: it repairs top-k routing, and {name} is not; use TopK")

@@ -1,5 +1,6 @@
 """Who computes: routers, and the losses that keep them balanced."""
 
+from moekit.routing.attention_aware import AttentionAware, AttentionAwareRouter
 from moekit.routing.comet import Comet, CometRouter
 from moekit.routing.dense_warmup import DenseWarmup, DenseWarmupRouter
 from moekit.routing.dselect_k import DSelectK, DSelectKRouter
@@ -23,11 +24,25 @@ from moekit.routing.relu import ReLURouter, ReLURouting
 from moekit.routing.router import ZERO_COMPUTATION, Router, RouterSpec, Site
 from moekit.routing.routing import Carry, Load, Routing, Signals
 from moekit.routing.routing_losses import LossSite, RoutingLosses, all_reduce_loads
+from moekit.routing.sequences import (
+    Attention,
+    AttentionWeights,
+    DotProductAttention,
+    Memory,
+    Sequences,
+    View,
+)
+from moekit.routing.similarity_aware import SimilarityAware, SimilarityAwareRouter
 from moekit.routing.temperature import DenseToSparse, DenseToSparseRouter
+from moekit.routing.token_graph import TokenGraph, TokenGraphRouter
 from moekit.routing.top_k import TopK, TopKRouter
 
 __all__ = [
     "ZERO_COMPUTATION",
+    "Attention",
+    "AttentionAware",
+    "AttentionAwareRouter",
+    "AttentionWeights",
     "Batch",
     "Carry",
     "Comet",
@@ -38,6 +53,7 @@ __all__ = [
     "DenseToSparseRouter",
     "DenseWarmup",
     "DenseWarmupRouter",
+    "DotProductAttention",
     "Entropy",
     "ExpertChoice",
     "ExpertChoiceRouter",
@@ -52,6 +68,7 @@ __all__ = [
     "Loss",
     "LossSite",
     "LossSpec",
+    "Memory",
     "NullAwareBalance",
     "Pathway",
     "PathwayRouter",
@@ -64,10 +81,16 @@ __all__ = [
     "RouterZ",
     "Routing",
     "RoutingLosses",
+    "Sequences",
     "Signals",
+    "SimilarityAware",
+    "SimilarityAwareRouter",
     "Site",
     "SwitchBalance",
+    "TokenGraph",
+    "TokenGraphRouter",
     "TopK",
     "TopKRouter",
+    "View",
     "all_reduce_loads",
 ]

@@ -17,6 +17,7 @@ from moekit.errors import SpecError
 
 if TYPE_CHECKING:
     from moekit.experts.experts import Experts
+    from moekit.routing.sequences import Attention, Sequences
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class Signals:
         scope_N: index of the scope (sequence, chunk, task, image, environment) of each row.
         modality_N: type id of each row, for routers that treat types apart.
         condition_SC: one embedding a scope: a timestep, a task, an environment.
-        attention_NN: attention weights of the layer's rows over its rows, block diagonal over
-            sequences.
+        sequences: how the rows stand in sequences, and which tokens each may look at.
+        attention: attention of the layer's rows over the tokens of their own sequences.
+        value_ND: what each row gives to those that attend to it: its value, mapped to the model
+            width by attention's output projection.
         previous_logits_NE: raw router logits of the nearest MoE layer below.
         experts: the bank behind the router, for routers that use the experts' own weights.
     """
@@ -40,7 +43,9 @@ class Signals:
     scope_N: Tensor | None = None
     modality_N: Tensor | None = None
     condition_SC: Tensor | None = None
-    attention_NN: Tensor | None = None
+    sequences: Sequences | None = None
+    attention: Attention | None = None
+    value_ND: Tensor | None = None
     previous_logits_NE: Tensor | None = None
     experts: Experts | None = None
 
@@ -51,8 +56,8 @@ class Signals:
     def to(self, device: torch.device | str | int) -> Self:
         """The signals on ``device``; accelerate asks for it between layers on different devices."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved = {k: v.to(device) for k, v in fields.items() if isinstance(v, Tensor)}
-        return self.replace(**moved)
+        fields.pop("experts")
+        return self.replace(**{k: v.to(device) for k, v in fields.items() if v is not None})
 
 
 @dataclass(frozen=True)

@@ -119,9 +119,16 @@ class TopKRouter(KeepsFloat32, Router):
             nn.init.zeros_(self.correction_bias_E)
 
     def route(self, x_ND: Tensor, signals: Signals) -> Routing:
+        return self.decide(*self.evaluate(x_ND, signals))
+
+    def evaluate(self, x_ND: Tensor, signals: Signals) -> tuple[Tensor, Tensor]:
+        """Raw logits (N, E), and the logits that are scored, with noise and scaling."""
         x_ND = self._jittered(x_ND)
         logits_NE = self.logits(x_ND, signals)
-        scored_NE = self.scaled(self._noisy(x_ND, logits_NE))
+        return logits_NE, self.scaled(self._noisy(x_ND, logits_NE))
+
+    def decide(self, logits_NE: Tensor, scored_NE: Tensor) -> Routing:
+        """The routing that follows from what ``evaluate`` returned."""
         scores_NE = self.score(scored_NE)
         expert_NK = self.select(scores_NE)
         return Routing(

@@ -47,12 +47,6 @@ PLANNED = (
         "a plan of surgery from recorded router statistics",
     ),
     _planned(
-        "graph_of_tokens",
-        "Similarity- and attention-aware routing over a graph of tokens",
-        "2505.00792",
-        "routers that look at attention and at other tokens",
-    ),
-    _planned(
         "uncurl",
         "UNCURL: merges experts by the router logits of a task",
         "2409.01483",

@@ -183,6 +183,33 @@ def test_inspect(moekit: Moekit, checkpoint: Path, text: Path, tmp_path: Path) -
     assert [sum(layer["histogram"]) for layer in found["routing"]["layers"]] == [3 * 8 * 16] * 2
 
 
+def test_inspect_against_earlier_checkpoints(
+    moekit: Moekit, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    earlier = tmp_path / "earlier"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    torch.manual_seed(0)
+    for layer in model.moe_layers:
+        layer.router.weight.data.normal_()
+    model.save_pretrained(earlier)
+    options = (f"--data={text}", "--sequence-length=16", "--batches=2", "--output=r")
+    against = (f"--against={earlier}", f"--against={checkpoint}")
+    shown = moekit("inspect", checkpoint, *options, *against)
+    assert shown.code == 0
+    assert "Routing that changed" in shown.out
+    assert "0.00%" in shown.out
+    found = strict((tmp_path / "r" / "inspection.json").read_text(encoding="utf-8"))["fluctuation"]
+    assert [(pair["before"], pair["after"]) for pair in found] == [
+        (str(earlier), str(checkpoint)), (str(checkpoint), str(checkpoint)),
+    ]  # fmt: skip
+    assert [layer["tokens"] for pair in found for layer in pair["layers"]] == [2 * 8 * 16] * 4
+    assert all(layer["changed_tokens"] > 0.1 for layer in found[0]["layers"])
+    assert all(layer["changed_slots"] == 0 for layer in found[1]["layers"])
+    assert "Routing fluctuation" in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    refused = moekit("inspect", checkpoint, *against)
+    assert "give it with --data" in refused.sentence
+
+
 @pytest.fixture
 def mixtral(checkpoint: Path, tmp_path: Path) -> Path:
     """A checkpoint of transformers' own, with our tokenizer beside it."""

@@ -31,10 +31,12 @@ from moekit.experts import (
 )
 from moekit.layer import MoE, MoESpec
 from moekit.routing import (
+    AttentionAware,
     Carry,
     Comet,
     DenseToSparse,
     DenseWarmup,
+    DotProductAttention,
     DSelectK,
     Entropy,
     ExpertChoice,
@@ -49,7 +51,9 @@ from moekit.routing import (
     ReLURouting,
     RouterSpec,
     RouterZ,
+    Sequences,
     Signals,
+    SimilarityAware,
     SwitchBalance,
     TopK,
 )
@@ -84,6 +88,15 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
     "Permuted": (
         Permuted(TopK(k=2), steps=5),
         Permuted(Comet(k=2, gamma=4.0), schedule="paper", steps=5),
+    ),
+    "SimilarityAware": (
+        SimilarityAware(TopK(k=2), temperature=2.0),
+        SimilarityAware(Pathway(k=2), rank=3, mix="logit"),
+    ),
+    "AttentionAware": (
+        AttentionAware(TopK(k=2)),
+        AttentionAware(TopK(k=2, normalize="none"), heads="min_entropy"),
+        AttentionAware(DenseWarmup(k=1, warmup_k=3), heads="posterior", sigma=3.0),
     ),
 }
 
@@ -184,17 +197,35 @@ class Inputs:
         x_ND = torch.randn(tokens, width, generator=generator)
         if dtype == torch.float64:
             logits_NE = logits_NE.double()
-        return cls(x_ND.to(dtype), Signals(token_id_N=ids_N), Carry(logits_NE=logits_NE))
+        query, key = torch.randn(2, 1, 2, tokens, 3, generator=generator).to(dtype)
+        signals = Signals(
+            token_id_N=ids_N,
+            sequences=Sequences(1, torch.ones(1, tokens, tokens, dtype=torch.bool).tril()),
+            attention=DotProductAttention(query, key, 1.0),
+            value_ND=torch.randn(tokens, width, generator=generator).to(dtype),
+        )
+        return cls(x_ND.to(dtype), signals, Carry(logits_NE=logits_NE))
 
     def rows(self, index: Tensor) -> Inputs:
         """The inputs of some rows, in the order of ``index``."""
-        assert self.signals.token_id_N is not None
+        signals = self.signals
+        assert signals.token_id_N is not None
+        assert signals.value_ND is not None
+        assert signals.sequences is not None
+        assert signals.sequences.visible_BTP is not None
+        assert isinstance(signals.attention, DotProductAttention)
         assert self.carry.logits_NE is not None
-        return Inputs(
-            self.x_ND[index],
-            self.signals.replace(token_id_N=self.signals.token_id_N[index]),
-            Carry(logits_NE=self.carry.logits_NE[index]),
+        visible, attention = signals.sequences.visible_BTP, signals.attention
+        permuted = signals.replace(
+            token_id_N=signals.token_id_N[index],
+            sequences=Sequences(1, visible[:, index][:, :, index]),
+            attention=attention.replace(
+                query_BATC=attention.query_BATC[:, :, index],
+                key_BGPC=attention.key_BGPC[:, :, index],
+            ),
+            value_ND=signals.value_ND[index],
         )
+        return Inputs(self.x_ND[index], permuted, Carry(logits_NE=self.carry.logits_NE[index]))
 
     def with_x(self, x_ND: Tensor) -> Inputs:
         return dataclasses.replace(self, x_ND=x_ND)

@@ -31,12 +31,14 @@ from moekit.experts import (
 )
 from moekit.layer import MoE, MoESpec
 from moekit.routing import (
+    AttentionWeights,
     Carry,
     Load,
     LossSite,
     Router,
     Routing,
     RoutingLosses,
+    Sequences,
     Signals,
     Site,
     SwitchBalance,
@@ -203,7 +205,7 @@ def test_a_router_that_looks_at_a_condition() -> None:
 class AttentionRouter(Router):
     """Scores averaged over the tokens that a token attends to (attention-aware routing)."""
 
-    requires: ClassVar[frozenset[str]] = frozenset({"attention_NN"})
+    requires: ClassVar[frozenset[str]] = frozenset({"sequences", "attention"})
 
     def __init__(self, at: Site) -> None:
         super().__init__(at)
@@ -211,19 +213,26 @@ class AttentionRouter(Router):
 
     def route(self, x_ND: Tensor, signals: Signals) -> Routing:
         logits_NE = self.inner(x_ND)
-        scores_NE = signals.attention_NN @ logits_NE.softmax(-1)
+        sequences = signals.sequences
+        share_BTE = sequences.split(logits_NE.softmax(-1))
+        view = sequences.view(signals.valid_N)
+        scores_NE = signals.attention.average(share_BTE, view).flatten(0, 1)
         weight_NK, expert_NK = scores_NE.topk(2)
         return Routing(expert_NK, weight_NK, self.site.experts, logits_NE, scores_NE, full=True)
+
+
+def looking(weight_TT: Tensor) -> Signals:
+    return Signals(sequences=Sequences(1), attention=AttentionWeights(weight_TT[None, None]))
 
 
 def test_a_router_that_looks_along_the_sequence() -> None:
     layer = layer_of(AttentionRouter(site()), bank())
     x_ND = torch.randn(6, WIDTH)
     uniform = torch.full((6, 6), 1 / 6)
-    routing = layer(x_ND, Signals(attention_NN=uniform)).routing
+    routing = layer(x_ND, looking(uniform)).routing
     assert all(torch.equal(row, routing.expert_NK[0]) for row in routing.expert_NK)
     torch.testing.assert_close(routing.scores_NE.sum(-1), torch.ones(6))
-    alone = layer(x_ND, Signals(attention_NN=torch.eye(6))).routing
+    alone = layer(x_ND, looking(torch.eye(6))).routing
     torch.testing.assert_close(alone.scores_NE, alone.logits_NE.softmax(-1))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moekit import (
+    AttentionAware,
     Bank,
     Capacity,
     Constant,
@@ -22,6 +23,7 @@ from moekit import (
     Pathway,
     ReLURouting,
     RouterZ,
+    SimilarityAware,
     SwiGLU,
     SwitchBalance,
     TopK,
@@ -54,6 +56,12 @@ LAYERS: dict[str, Any] = {
     "warmup": MoESpec(DenseWarmup(k=1, warmup_k=3, warmup_steps=5), BANK),
     "hash": MoESpec(Hash(k=2), BANK),
     "capacity": MoESpec(TopK(k=2), BANK, dispatch=Capacity(factor=0.75), losses=(SwitchBalance(),)),
+    "similarity": MoESpec(SimilarityAware(TopK(k=2), temperature=3.0), BANK),
+    "attention": [
+        MoESpec(AttentionAware(TopK(k=2)), BANK, losses=(SwitchBalance(),)),
+        SwiGLU(count=1, hidden=48),
+        MoESpec(AttentionAware(Pathway(k=2), heads="posterior", sigma=4.0), BANK),
+    ],
     "expert_choice": MoESpec(ExpertChoice(capacity=2.0), BANK),
 }
 CAUSAL = [name for name in LAYERS if name != "expert_choice"]

@@ -16,6 +16,7 @@ from moekit.errors import MissingExtraError
 from moekit.systems import Laboratory, Shape, find
 from moekit.systems import momentum_smoe_digits as digits
 from moekit.systems import momentum_smoe_experiment as experiment
+from moekit.systems.contaminated_text import contaminate
 from moekit.systems.momentum_smoe import adam_smoe, momentum_smoe, robust_momentum_smoe
 
 
@@ -38,7 +39,7 @@ def test_designs():
 def test_contamination(seed):
     ordinary = torch.tensor([2, 3, 5, 8, 9])
     ids = torch.randint(0, 10, (4000,), generator=torch.Generator().manual_seed(seed))
-    found = experiment.contaminate(ids, ordinary, 0.3, torch.Generator().manual_seed(seed))
+    found = contaminate(ids, ordinary, 0.3, torch.Generator().manual_seed(seed))
     changed = found["input_ids"] != ids
     assert torch.equal(found["labels"], ids.masked_fill(changed, -100))
     replaceable = torch.isin(ids, ordinary)
@@ -46,9 +47,9 @@ def test_contamination(seed):
     assert bool(torch.isin(found["input_ids"][changed], ordinary).all())
     count = int(replaceable.sum())  # the share has a standard deviation of about 0.01
     assert int(changed.sum()) / count == pytest.approx(0.3, abs=0.05)
-    again = experiment.contaminate(ids, ordinary, 0.3, torch.Generator().manual_seed(seed))
+    again = contaminate(ids, ordinary, 0.3, torch.Generator().manual_seed(seed))
     assert torch.equal(again["input_ids"], found["input_ids"])
-    nothing = experiment.contaminate(ids, ordinary, 0.0, torch.Generator().manual_seed(seed))
+    nothing = contaminate(ids, ordinary, 0.0, torch.Generator().manual_seed(seed))
     assert torch.equal(nothing["input_ids"], ids)
 
 

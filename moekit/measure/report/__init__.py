@@ -32,7 +32,12 @@ from moekit.measure.report.curves import (
     sparsity_and_penalty,
 )
 from moekit.measure.report.page import Report
-from moekit.measure.report.routing import RoutedModel, plain_routing, routing_sections
+from moekit.measure.report.routing import (
+    RoutedModel,
+    fluctuation_section,
+    plain_routing,
+    routing_sections,
+)
 from moekit.measure.report.style import SeriesStyle, Styles, series_styles
 
 __all__ = [
@@ -55,6 +60,7 @@ __all__ = [
     "Text",
     "experts_by_token_type",
     "experts_histogram",
+    "fluctuation_section",
     "frontier",
     "load_heatmap",
     "loss_against_flops",

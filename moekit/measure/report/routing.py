@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moekit.measure.fluctuation import Fluctuation
 from moekit.measure.report.bars import experts_by_token_type, experts_histogram, load_heatmap
 from moekit.measure.report.blocks import Block, Column, Details, Plot, Section, Table, Text
 from moekit.measure.report.style import Styles
@@ -46,6 +48,29 @@ def routing_sections(models: Sequence[RoutedModel], styles: Styles) -> list[Sect
         Section("Experts a token", _experts_a_token(models, styles)),
         Section("Which tokens each expert takes", [_tokens(model) for model in models]),
     ]
+
+
+def fluctuation_section(names: Sequence[str], found: Sequence[Sequence[Fluctuation]]) -> Section:
+    """What changed from each model to the next, layer by layer.
+
+    Args:
+        names: of the models, in their order.
+        found: as :func:`moekit.measure.routing_fluctuation` returns it.
+    """
+    columns = [
+        Column("MoE layer", form="d"),
+        Column("tokens that changed", form=".2%", title="whose set of experts is another one"),
+        Column("slots that changed", form=".2%"),
+    ]
+    tables: list[Block] = [
+        Table(
+            columns,
+            [[n, layer.changed_tokens, layer.changed_slots] for n, layer in enumerate(layers)],
+            f"From {before} to {after}, over {layers[0].tokens:,} tokens.",
+        )
+        for (before, after), layers in zip(itertools.pairwise(names), found, strict=True)
+    ]
+    return Section("Routing fluctuation", tables)
 
 
 def _load(model: RoutedModel) -> Block:

@@ -7,6 +7,7 @@ flash or flex attention.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,21 @@ class MoEDecoderRotaryEmbedding(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """What attention worked with.
+
+    Attributes:
+        query: queries (B, heads, T, head_dim), rotated.
+        key: keys (B, key-value heads, S, head_dim), rotated, those of the cache included.
+        value: values of the T rows (B, key-value heads, T, head_dim).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
 class MoEDecoderAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023)."""
 
@@ -96,14 +112,24 @@ class MoEDecoderAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The output (B, T, D), and the attention weights where the implementation has them."""
+    ) -> tuple[Tensor, Tensor | None, Heads]:
+        """The output (B, T, D), the weights where the implementation has them, and the heads."""
         query, key, value = (self._heads(p(x_BTD)) for p in (self.q_proj, self.k_proj, self.v_proj))
         query, key = rotate(query, rotation), rotate(key, rotation)
+        own_value = value
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         mixed, weights = self._attend(query, key, value, attention_mask, **kwargs)
-        return self.o_proj(mixed.flatten(2)), weights
+        return self.o_proj(mixed.flatten(2)), weights, Heads(query, key, own_value)
+
+    def given(self, value: Tensor) -> Tensor:
+        """What a row gives to one that attends to it alone, in every head (B, T, D).
+
+        Args:
+            value: (B, key-value heads, T, head_dim).
+        """
+        value = value.repeat_interleave(self.num_key_value_groups, dim=1)
+        return self.o_proj(value.transpose(1, 2).flatten(2))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any

@@ -13,6 +13,7 @@ from moekit.experts import FeedForwardSpec
 from moekit.layer import MoE, MoEOutput
 from moekit.models.language.attention import MoEDecoderAttention, Rotation
 from moekit.models.language.config import LayerSpec, MoEDecoderConfig
+from moekit.models.language.routing_signals import with_attention
 from moekit.residual import Plain
 from moekit.routing import Carry, Signals
 
@@ -54,10 +55,13 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
 
         A dense block hands ``carry`` on as it is and has no record.
         """
-        attended, _ = self.self_attn(self.input_layernorm(x_BTD), rotation, **kwargs)
+        attended, _, heads = self.self_attn(self.input_layernorm(x_BTD), rotation, **kwargs)
         x_BTD = x_BTD + attended
         if not isinstance(self.mlp, MoE):
             return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), carry, None
+        signals = with_attention(
+            signals, self.mlp.router.requires, self.self_attn, heads, kwargs.get("past_key_values")
+        )
         ahead_BTD = self.residual.look_ahead(x_BTD, carry.momentum)
         output: MoEOutput = self.mlp(self.post_attention_layernorm(ahead_BTD), signals, carry)
         delta_BTD, momentum = self.residual.increment(x_BTD, output.y, carry.momentum)

@@ -18,10 +18,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from moekit.errors import SpecError
 from moekit.experts import Experts, FeedForwardSpec
+from moekit.layer import MoE
 from moekit.models.language.attention import MoEDecoderAttention, MoEDecoderRotaryEmbedding
 from moekit.models.language.block import MoEDecoderLayer
 from moekit.models.language.config import MoEDecoderConfig
 from moekit.models.language.output import MoEDecoderOutput
+from moekit.models.language.routing_signals import AS_SDPA, is_readable, sequences_of
 from moekit.routing import Carry, Loss, Router, Signals
 
 logger = logging.get_logger(__name__)
@@ -88,11 +90,15 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
     ) -> dict[str, Tensor | None]:
         """Masks that ``generate`` prepares for static caches, with the padding that routers need.
 
-        A prepared causal mask no longer tells which of its queries are padding.
+        A prepared causal mask no longer tells which of its queries are padding, and not every
+        attention implementation has one that routers can read.
         """
-        mask = create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs)
+        given = (inputs_embeds, attention_mask, *args)
+        mask = visible = create_masks_for_generate(config, *given, **kwargs)
+        if not is_readable(config):
+            visible = create_masks_for_generate(AS_SDPA, *given, **kwargs)
         valid_BT = valid_tokens(attention_mask, inputs_embeds.shape[1])
-        return {"full_attention": mask, "valid": valid_BT}
+        return {"full_attention": mask, "visible": visible, "valid": valid_BT}
 
 
 class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-call]
@@ -138,6 +144,11 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         causal_mask = self._causal_mask(x_BTD, attention_mask, past_key_values, position_ids)
+        sequences = None
+        if self._needs_sequences:
+            sequences = sequences_of(
+                self.config, x_BTD, attention_mask, past_key_values, position_ids, causal_mask
+            )
         if position_ids is None:
             position_ids = _positions(x_BTD, past_key_values)
         if use_cache and past_key_values is None:
@@ -147,7 +158,7 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
             "past_key_values": past_key_values,
             "position_ids": position_ids,
             "rotation": self.rotary_emb(x_BTD, position_ids),
-            "signals": _signals(x_BTD, input_ids, attention_mask),
+            "signals": _signals(x_BTD, input_ids, attention_mask).replace(sequences=sequences),
             **kwargs,
         }
         carry, records = Carry(), []
@@ -159,6 +170,12 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
             past_key_values=past_key_values if use_cache else None,
             moe=tuple(records),
         )
+
+    @property
+    def _needs_sequences(self) -> bool:
+        """Whether a router looks at other tokens of its sequence."""
+        parts = (layer.mlp for layer in self.layers)
+        return any("sequences" in p.router.requires for p in parts if isinstance(p, MoE))
 
     def _causal_mask(
         self,
