@@ -112,7 +112,7 @@ class RoutingLosses(nn.Module):
         ranks = self._ranks()
         if ranks == 1:
             return 1.0
-        tokens = routing.valid_tokens()
+        tokens = routing.valid_tokens().to(routing.weight_NK.dtype)
         total = tokens.clone()
         dist.all_reduce(total)
         return tokens * ranks / total.clamp_min(1)

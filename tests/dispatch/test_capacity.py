@@ -201,7 +201,7 @@ def test_count_tokens_is_the_formula_as_printed() -> None:
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_a_factor_without_bounds_limits_nothing(pad: bool) -> None:
-    layer, routing, done = run(Capacity(factor=1e300, pad=pad))
+    _, routing, done = run(Capacity(factor=1e300, pad=pad))
     assert torch.equal(done.routing.expert_NK, routing.expert_NK)
     rows = [routing.expert_NK.numel()] * 4 if pad else routing.load_E()[:4].tolist()
     assert done.rows_E.tolist() == rows

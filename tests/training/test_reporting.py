@@ -174,7 +174,7 @@ def test_wandb_gets_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_tracker_that_is_not_installed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, said: str
 ) -> None:
-    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", lambda: [])
+    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", list)
     monkeypatch.setattr(arguments_module, "is_flytekit_available", lambda: False)
     with pytest.raises(MissingExtraError, match=said):
         train(tiny_model(), TinyData(), SPEC, tmp_path / "run", report_to=(tracker,))
