@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -165,9 +166,11 @@ def _matches(value: Any, hint: Any) -> bool:
             return all(_matches(item, args[0]) for item in value)
         return len(value) == len(args) and all(map(_matches, value, args))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and abs(value) <= sys.float_info.max  # NaN is not
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        number = isinstance(value, int) and not isinstance(value, bool)
+        return number and -(2**63) <= value < 2**63
     return isinstance(value, hint)
 
 
@@ -181,4 +184,8 @@ def _describe(hint: Any) -> str:
         return f"a list of {_describe(args[0])}"
     if hint is type(None):
         return "nothing"
+    if hint is float:
+        return "finite float"
+    if hint is int:
+        return "64-bit int"
     return getattr(hint, "__name__", str(hint))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -64,6 +65,7 @@ class Painted(Spec):
     part: Shape | Colour
 
 
+INTEGERS = st.integers(-(2**63), 2**63 - 1)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 circles = st.builds(Circle, radius=numbers)
 polygons = st.builds(
@@ -73,7 +75,7 @@ polygons = st.builds(
     label=st.none() | st.text(),
     corners=st.integers(0, 10),
     closed=st.booleans(),
-    origin=st.tuples(st.integers(), st.integers()),
+    origin=st.tuples(INTEGERS, INTEGERS),
 )
 shapes = circles | polygons
 drawings = st.builds(
@@ -178,20 +180,21 @@ def test_an_int_is_welcome_where_a_float_is_wanted() -> None:
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
-        ({"sides": 1.0}, "a list of float"),
-        ({"sides": ("a",)}, "a list of float"),
-        ({"sides": "abc"}, "a list of float"),
-        ({"sides": (1.0, None)}, "a list of float"),
+        ({"sides": 1.0}, "a list of finite float"),
+        ({"sides": ("a",)}, "a list of finite float"),
+        ({"sides": "abc"}, "a list of finite float"),
+        ({"sides": (1.0, None)}, "a list of finite float"),
         ({"fill": "dotted"}, "one of 'none', 'solid'"),
         ({"fill": None}, "one of 'none', 'solid'"),
         ({"label": 3}, "str or nothing"),
-        ({"corners": 1.5}, "int"),
-        ({"corners": True}, "int"),
-        ({"corners": "3"}, "int"),
+        ({"corners": 1.5}, "64-bit int"),
+        ({"corners": True}, "64-bit int"),
+        ({"corners": "3"}, "64-bit int"),
+        ({"corners": 2**63}, "64-bit int"),
         ({"closed": 1}, "bool"),
-        ({"origin": (1,)}, "a list of int"),
-        ({"origin": (1, 2, 3)}, "a list of int"),
-        ({"origin": (1, 2.5)}, "a list of int"),
+        ({"origin": (1,)}, "a list of 64-bit int"),
+        ({"origin": (1, 2, 3)}, "a list of 64-bit int"),
+        ({"origin": (1, 2.5)}, "a list of 64-bit int"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(fields: dict[str, Any], wanted: str) -> None:
@@ -205,9 +208,11 @@ def test_a_value_of_the_wrong_type_is_named(fields: dict[str, Any], wanted: str)
         Polygon.from_dict(given_fields)
 
 
-@pytest.mark.parametrize("radius", [True, "1", None, (1.0,), Red()])
-def test_only_a_number_is_a_float(radius: Any) -> None:
-    with pytest.raises(SpecError, match=r"^Circle: radius is .*; wanted float$"):
+@pytest.mark.parametrize(
+    "radius", [True, "1", None, (1.0,), Red(), math.inf, -math.inf, math.nan, 10**400]
+)
+def test_only_a_finite_number_is_a_float(radius: Any) -> None:
+    with pytest.raises(SpecError, match=r"^Circle: radius is .*; wanted finite float$"):
         Circle(radius=radius)
 
 
@@ -304,7 +309,7 @@ def test_a_kind_of_none_of_the_families_of_a_field_is_refused() -> None:
 
 def test_a_spec_error_can_be_caught_as_moekits_own_or_as_a_value_error() -> None:
     assert issubclass(SpecError, MoekitError)
-    with pytest.raises(ValueError, match="wanted float"):
+    with pytest.raises(ValueError, match="wanted finite float"):
         Circle(radius="wide")  # type: ignore[arg-type]
 
 

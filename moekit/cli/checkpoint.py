@@ -11,6 +11,7 @@ import moekit.models.language  # noqa: F401  (registers our checkpoints with tra
 from moekit.compare.run import first_line
 from moekit.errors import CheckpointError
 from moekit.measure import inspect_checkpoint
+from moekit.measure.inspect import read_config
 
 
 def load_model(checkpoint: str) -> PreTrainedModel:
@@ -26,6 +27,7 @@ def load_model(checkpoint: str) -> PreTrainedModel:
     try:
         model, found = loader.from_pretrained(
             str(folder) if local else checkpoint,
+            config=read_config(str(folder) if local else checkpoint, local),
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=local,

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from moekit.compare import Design, ModelSpec, load_design
 from moekit.data import TextSpec
 from moekit.errors import OutputError, SpecError
 from moekit.systems import Shape, find
 from moekit.training import TrainingSpec
+from moekit.training.arguments import require_trackers
 
 LARGEST = 1_000_000  # of any size; what is larger overflows in a library and not here
 
@@ -116,17 +116,14 @@ def precision_of(name: str, device: str) -> str:
 
 
 def trackers(names: str) -> tuple[str, ...]:
-    """The trackers in a comma-separated list.
+    """The trackers in a comma-separated list, each known and installed.
 
     Raises:
         SpecError: transformers does not know one.
+        MissingExtraError: one is not installed, or not set up.
     """
     wanted = tuple(name.strip() for name in names.split(",") if name.strip())
-    for name in wanted:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise SpecError(
-                f"--report-to has {name!r}; known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
-            )
+    require_trackers(wanted)
     return wanted
 
 

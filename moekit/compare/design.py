@@ -141,9 +141,12 @@ def load_design(path: Path) -> Design:
         raise SpecError(f"the design {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise SpecError(f"{path} is not a design in JSON: {error}") from None
-    if isinstance(data, dict) and data.get("kind") in ("Design", None):
+    if not isinstance(data, dict) or data.get("kind") not in ("Design", None):
+        data = {"layers": [data]}
+    try:
         return Design.from_dict({"kind": "Design", "name": path.stem, **data})
-    return Design.from_dict({"kind": "Design", "name": path.stem, "layers": [data]})
+    except RecursionError:
+        raise SpecError(f"{path} holds specs in specs too deep to be built; nest fewer") from None
 
 
 def _resized_to(

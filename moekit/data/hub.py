@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ from moekit.data.fingerprint import digest_of
 from moekit.errors import DataError
 
 PREFIX = "hub:"
-_NAME = re.compile(r"hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^\s:]+))?")
+_NAME = re.compile(r"hub:(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>[^\s:]+))?")
 
 
 class Hub:
@@ -30,8 +31,13 @@ class Hub:
             raise DataError(
                 f"{source!r} is no hub name; wanted hub:owner/name or hub:owner/name:configuration"
             )
-        self.description = source
         self._name: str = match["name"]
+        if os.path.exists(self._name):  # datasets would read it in the place of the hub's
+            raise DataError(
+                f"{source!r} is also a path here, {self._name!r}; leave out hub: to read that, or "
+                "work in another folder"
+            )
+        self.description = source
         self._config: str | None = match["config"]
         self._columns = columns
 

@@ -74,6 +74,7 @@ class TextSpec(Spec):
 
     def check(self) -> None:
         """Raise :class:`~moekit.errors.SpecError` if a number is out of its range."""
+        self.require(self.source.strip() != "", "source is empty; name a file, a folder or stdlib")
         smallest = SMALLEST_VOCABULARY
         self.require(
             self.vocab_size >= smallest,

@@ -155,13 +155,14 @@ class CapacityDispatch(Dispatch):
         return self.spec.factor if self.training else self.spec.eval_factor
 
     def capacity(self, routing: Routing, experts: Experts, factor: float) -> list[int]:
-        """Row places of each expert for this batch.
+        """Row places of each expert for this batch, no more than there are assignments.
 
         Padding rows do not count, which reads the number of tokens back to the host.
         """
         tokens = routing.tokens if routing.valid_N is None else int(routing.valid_N.sum())
         slots = routing.expert_NK.shape[1] if self.spec.count == "assignments" else 1
-        return capacities(tokens, slots, experts.kinds, factor, self.spec.tau)
+        places = capacities(tokens, slots, experts.kinds, factor, self.spec.tau)
+        return [min(count, routing.expert_NK.numel()) for count in places]
 
     def limited(self, routing: Routing, experts: Experts) -> Routing:
         if self.factor is None:

@@ -75,7 +75,7 @@ def inspect_checkpoint(path_or_name: str | Path) -> CheckpointStructure:
         raise CheckpointError(
             f"{name} is not a folder; give the folder of a checkpoint, or a name on the hub"
         )
-    config = _config(name, is_local)
+    config = read_config(name, is_local)
     model = _without_weights(name, config)
     stored = read_folder(Path(name)) if is_local else _hub_headers(name)
     structure = _structure(os.fspath(path_or_name), model, stored)
@@ -83,16 +83,28 @@ def inspect_checkpoint(path_or_name: str | Path) -> CheckpointStructure:
     return structure
 
 
-def _config(name: str, is_local: bool) -> PreTrainedConfig:
+def read_config(name: str, is_local: bool) -> PreTrainedConfig:
+    """The config of a folder or of a hub name, without what would fetch or run code.
+
+    A config may name an attention kernel of the hub, which transformers would fetch and run; the
+    attention is chosen here as if it named none.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
     path = Path(name) / "config.json"
     if is_local and not path.is_file():
         raise CheckpointError(f"{name} has no config.json; give the folder of a checkpoint")
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            name, trust_remote_code=False, local_files_only=is_local
+        )
     except Exception as error:  # whatever a damaged or foreign config leads to
         where = path if is_local else name
         wanted = "" if is_local else "; is the name right, and the hub within reach?"
         raise CheckpointError(f"{where} cannot be read: {_sentence(error)}{wanted}") from None
+    config._attn_implementation = None
+    return config
 
 
 def _without_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:

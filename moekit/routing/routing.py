@@ -95,7 +95,8 @@ class Routing:
         experts: number of experts E that the ids index.
         logits_NE: raw scores before any normalisation, or None where they are never formed.
         scores_NE: what balance losses average: probabilities, or gates.
-        losses: the router's own losses by name, unscaled.
+        losses: the router's own losses by name, unscaled; each a mean over the rows that are no
+            padding, or a function of the router alone.
         valid_N: False for padding, or None when every row is a token.
         scope_N: which decision each row shares, for a routing broadcast by ``take``; None where
             every row has its own.

@@ -57,10 +57,24 @@ class RoutingLosses(nn.Module):
             total = total + loss.coefficient() * value
             values[loss.name] = values.get(loss.name, 0) + value.detach()
         for weights, routing in zip(self._router_weights, routings, strict=True):
+            part = self._part(routing) if routing.losses else 1.0
             for name, value in routing.losses.items():
-                total = total + weights[name] * value
-                values[name] = values.get(name, 0) + value.detach()
+                total = total + weights[name] * part * value
+                values[name] = values.get(name, 0) + part * value.detach()
         return total, values
+
+    def mean_over_ranks(self, share: Tensor | float) -> Tensor | float:
+        """The weight of this forward pass's losses in a step of which each rank has a ``share``.
+
+        A loss here is a rank's part of one over all ranks. Weighing it by the rank's own share of
+        the targets would count an uneven division of the tokens twice.
+        """
+        ranks = self._ranks()
+        if ranks == 1 or not isinstance(share, Tensor):
+            return share
+        total = share.detach().clone()
+        dist.all_reduce(total)
+        return total / ranks
 
     def update(self, loads: Sequence[Load]) -> None:
         """Let every controller see each layer's load of the optimiser step."""
@@ -89,6 +103,19 @@ class RoutingLosses(nn.Module):
         if ranks > 1:
             loads = all_reduce_loads(loads)
         return {i: _batch(routings[i], load, ranks) for i, load in zip(wanted, loads, strict=True)}
+
+    def _part(self, routing: Routing) -> Tensor | float:
+        """This rank's share of the tokens of all ranks, times their number.
+
+        The mean over ranks of a mean over tokens, so weighed, is that over all tokens.
+        """
+        ranks = self._ranks()
+        if ranks == 1:
+            return 1.0
+        tokens = routing.valid_tokens().to(routing.weight_NK.dtype)
+        total = tokens.clone()
+        dist.all_reduce(total)
+        return tokens * ranks / total.clamp_min(1)
 
     def _ranks(self) -> int:
         if self.training and dist.is_available() and dist.is_initialized():

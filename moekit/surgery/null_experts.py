@@ -40,8 +40,11 @@ def add_null_experts(
     grown.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
     state = _renamed(model.state_dict(), grown.state_dict())
     generator = torch.Generator().manual_seed(seed)
-    for name in [n for n in state if n.endswith("mlp.router.weight")]:
-        state[name] = _with_twins(state[name], count, generator)
+    for name, value in state.items():
+        if ".mlp.router." in name:
+            state[name] = _with_twins(value, count)
+        if name.endswith(".mlp.router.weight"):
+            state[name] = _told_apart(state[name], count, generator)
     grown.load_state_dict(state)
     return grown
 
@@ -61,6 +64,11 @@ def _grafted(
             f"{count} null experts for {spec.experts.count} experts: copying the router's rows "
             "needs a multiple"
         )
+    if spec.router.groups > 1:
+        raise SpecError(
+            "null experts would change which experts form a group; this layer's router has "
+            f"{spec.router.groups} groups"
+        )
     others = tuple(x for x in spec.losses if not isinstance(x, SwitchBalance))
     return spec.replace(
         router=spec.router.replace(k=k, normalize="nonzero"),
@@ -79,7 +87,14 @@ def _renamed(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor
     return {name: value for name, value in moved.items() if name in new} | kept
 
 
-def _with_twins(weight_ED: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    twins = weight_ED.repeat(count // weight_ED.shape[0], 1)
-    noise = torch.randn(twins.shape, generator=generator) * TIE_BREAKING
-    return torch.cat([weight_ED, twins + noise.to(twins) * weight_ED.std()])
+def _with_twins(value_E: Tensor, count: int) -> Tensor:
+    """A parameter or buffer with one entry an expert, and its twins' copies behind it."""
+    repeats = [count // value_E.shape[0], *(1 for _ in value_E.shape[1:])]
+    return torch.cat([value_E, value_E.repeat(repeats)])
+
+
+def _told_apart(weight_ED: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """The router's weight with noise on its last ``count`` rows, the twins."""
+    true_ED, twin_ED = weight_ED.split([weight_ED.shape[0] - count, count])
+    noise = torch.randn(twin_ED.shape, generator=generator) * TIE_BREAKING
+    return torch.cat([true_ED, twin_ED + noise.to(twin_ED) * true_ED.std()])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -12,11 +11,16 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+    is_flytekit_available,
+)
 
-from moekit.errors import MissingExtraError
+from moekit.errors import MissingExtraError, SpecError
 from moekit.training.spec import TrainingSpec
 
-_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+_EXTRA = ("tensorboard", "wandb")  # what moekit[tracking] installs
 
 
 def training_arguments(
@@ -29,10 +33,10 @@ def training_arguments(
         report_to: trackers to log to: ``tensorboard``, ``wandb`` or any that transformers knows.
 
     Raises:
-        SpecError: the batch cannot be split over the processes.
+        SpecError: the batch cannot be split over the processes, or a tracker is unknown.
         MissingExtraError: a tracker is not installed.
     """
-    _require_trackers(report_to)
+    require_trackers(report_to)
     on_cpu = device.type == "cpu"
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
     micro_batch = spec.micro_batch(processes)
@@ -86,11 +90,24 @@ def _checkpointing(on: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _require_trackers(report_to: Sequence[str]) -> None:
+def require_trackers(report_to: Sequence[str]) -> None:
+    """Refuse trackers that cannot be used here, before any work is done.
+
+    Raises:
+        SpecError: transformers does not know one.
+        MissingExtraError: one is not installed, or not set up.
+    """
+    available = set(get_available_reporting_integrations())  # type: ignore[no-untyped-call]
+    if is_flytekit_available():  # type: ignore[no-untyped-call]
+        available.add("flyte")  # which that list leaves out
     for tracker in report_to:
-        packages = _PACKAGES.get(tracker, ())
-        if packages and not any(importlib.util.find_spec(name) for name in packages):
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            raise SpecError(
+                f"report_to has {tracker!r}; known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        if tracker not in available:
+            remedy = "run pip install 'moekit[tracking]'" if tracker in _EXTRA else "install it"
             raise MissingExtraError(
-                f"report_to has {tracker}, which is not installed; run pip install {packages[0]} "
-                "or leave it out"
+                f"report_to has {tracker}, which is not installed or not set up; {remedy} or leave "
+                "it out"
             )

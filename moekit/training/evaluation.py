@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,7 +44,7 @@ def evaluate(
     with _in_eval_mode(model):
         for batch in _batches(dataset, batch_size, max_batches, collate):
             inputs = {name: value.to(device) for name, value in batch.items()}
-            targets = predicted_tokens(inputs["labels"])
+            targets = predicted_tokens(inputs)
             nats = model(**inputs, use_cache=False).cross_entropy.double() * targets
             total += torch.stack([torch.where(targets > 0, nats, 0.0), targets.double()])
     if _distributed():
@@ -54,9 +54,23 @@ def evaluate(
     return float(total[0] / total[1])
 
 
-def predicted_tokens(labels: Tensor) -> Tensor:
-    """How many tokens of ``labels`` (B, T) are predicted: the first of a sequence never is."""
-    return (labels[..., 1:] != _IGNORED).sum()
+def predicted_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """How many tokens of a batch are predicted ()."""
+    return (shifted_labels(batch) != _IGNORED).sum()
+
+
+def shifted_labels(batch: Mapping[str, Tensor]) -> Tensor:
+    """The label (B, T) that each position of a batch predicts, -100 for none.
+
+    The first token of a sequence is nobody's target, with padding on its left or without.
+    """
+    labels = batch.get("shift_labels")
+    if labels is None:
+        labels = nn.functional.pad(batch["labels"][..., 1:], (0, 1), value=_IGNORED)
+    mask = batch.get("attention_mask")
+    if mask is None or mask.shape != labels.shape:
+        return labels
+    return labels.masked_fill(~mask.bool(), _IGNORED)
 
 
 def _batches(

@@ -28,7 +28,7 @@ from moekit.training.checkpoints import (
 from moekit.training.clock import StepClock, WallClock
 from moekit.training.decay import decayed_names
 from moekit.training.divergence import LossWatch
-from moekit.training.evaluation import evaluate
+from moekit.training.evaluation import evaluate, shifted_labels
 from moekit.training.flow import RoutingFlow
 from moekit.training.order import ShuffledPasses
 from moekit.training.rows import flat_row
@@ -98,6 +98,16 @@ class MoETrainer(transformers.Trainer):
         self.clock.start()
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Any], device: torch.device
+    ) -> Tensor | int | None:
+        """As the base class, which counts the first token after left padding too."""
+        counted = [
+            {**batch, "shift_labels": shifted_labels(batch)} if "labels" in batch else batch
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
+
     # --- loss ------------------------------------------------------------------------------------
 
     def training_step(
@@ -121,7 +131,7 @@ class MoETrainer(transformers.Trainer):
             model, {**inputs, "use_cache": False}, True, num_items_in_batch
         )
         if model.training:
-            self.window.add(outputs, inputs["labels"])
+            self.window.add(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

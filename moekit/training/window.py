@@ -58,11 +58,11 @@ class RoutingWindow:
         self._closed: ModelStatistics | None = None
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, output: MoEModelOutput, labels: Tensor) -> None:
-        """Count one forward pass of a training step on ``labels`` (B, T)."""
+    def add(self, output: MoEModelOutput, batch: Mapping[str, Tensor]) -> None:
+        """Count one forward pass of a training step on ``batch``."""
         found = ModelStatistics.of(output.moe, self._kinds)
         self._step = found if self._step is None else self._step + found
-        targets = predicted_tokens(labels)
+        targets = predicted_tokens(batch)
         nats = torch.where(targets > 0, output.cross_entropy.detach() * targets, 0.0)
         counted = {_NATS: nats, _TARGETS: targets, _PASSES: torch.ones_like(targets)}
         for name, value in {**counted, **output.routing_losses}.items():

@@ -12,6 +12,7 @@ import torch
 from command_line import Moekit
 from safetensors.torch import load_file, save_file
 
+from moekit.cli.checkpoint import load_model
 from moekit.systems.planned import PLANNED
 
 
@@ -80,7 +81,9 @@ def broken(tmp_path: Path) -> Path:
         ("--device=gpu", "no device 'gpu'"),
         ("--device=meta", "no device 'meta'"),
         ("--device=cuda:99", "no device 'cuda:99'"),
-        ("--report-to=paper", "--report-to has 'paper'"),
+        ("--report-to=paper", "report_to has 'paper'"),
+        ("--report-to=mlflow", "report_to has mlflow, which is not installed"),
+        ("--data=", "source is empty"),
         ("--tokenizer=./none", "tokenizer './none' does not exist"),
         ("--tokenizer=broken", "no tokenizer could be loaded"),
         ("--data=gone", "'gone' does not exist"),
@@ -274,6 +277,23 @@ def test_damaged_checkpoints(
         assert "damaged" in ended.sentence
         assert ended.out == ""
     assert not (folder / "exploded").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_config_cannot_have_a_kernel_fetched(
+    moekit: Moekit, checkpoint: Path, tmp_path: Path, key: str
+) -> None:
+    """transformers would download the kernel that a config names from the hub, and run it."""
+    folder = tmp_path / "kernel"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, key: "kernels-community/flash-attn2"})
+    )
+    for command in (["inspect"], ["generate", "--tokens=2"]):
+        ended = moekit(command[0], folder, *command[1:])
+        assert ended.code == 0, ended.err
+    assert load_model(str(folder)).config._attn_implementation == "sdpa"
 
 
 def test_generate_with_a_tensor_of_another_name(

@@ -160,6 +160,14 @@ def test_design_files(tmp_path: Path) -> None:
         (b"{", "not a design in JSON"),
         (b"\xff\xfe\0", "not a design in JSON"),
         (b"[" * 100_000, "not a design in JSON"),
+        (
+            b'{"kind": "MoESpec", "router": {"kind": "TopK"}, "experts": '
+            + b'{"kind": "Bank", "parts": [' * 400
+            + b'{"kind": "SwiGLU"}'
+            + b"]}" * 400
+            + b"}",
+            "too deep",
+        ),
         (b"7", "layers"),
         (b"[1]", "layers"),
         (b"null", "layers"),

@@ -93,7 +93,24 @@ def test_offline_the_real_library_is_refused_clearly(monkeypatch: pytest.MonkeyP
     assert "cannot be read from the hub" in refusal("hub:owner/name")
 
 
-@pytest.mark.parametrize("name", ["hub:", "hub:a b", "hub:a/b/c", "hub:a/b:", "hub:../b c"])
+def test_a_folder_of_the_name_is_not_taken_for_the_hubs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """datasets reads a local folder of a name where there is one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    calls = stand_in(monkeypatch, datasets.IterableDatasetDict(train=hub_rows({"text": "a"})))
+    assert "is also a path here, 'owner/name'" in refusal("hub:owner/name")
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hub:", "hub:a b", "hub:a/b/c", "hub:a/b:", "hub:../b c"),
+        *("hub:.", "hub:..", "hub:./b", "hub:a/..", "hub:.a/b"),
+    ],
+)
 def test_a_bad_hub_name_is_an_error(name: str) -> None:
     assert re.search(r"is no hub name; wanted hub:owner/name", refusal(name))
 

@@ -199,11 +199,20 @@ def test_count_tokens_is_the_formula_as_printed() -> None:
     assert done.rows_E.tolist() == [math.ceil(1.1 * 0.75 * 40 / (0.75 * 4 + 4))] * 4
 
 
+@pytest.mark.parametrize("pad", [False, True])
+def test_a_factor_without_bounds_limits_nothing(pad: bool) -> None:
+    _, routing, done = run(Capacity(factor=1e300, pad=pad))
+    assert torch.equal(done.routing.expert_NK, routing.expert_NK)
+    rows = [routing.expert_NK.numel()] * 4 if pad else routing.load_E()[:4].tolist()
+    assert done.rows_E.tolist() == rows
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         {"factor": 0.0},
         {"factor": -1.0},
+        {"factor": float("inf")},
         {"factor": float("nan")},
         {"eval_factor": 0.0},
         {"tau": 0.0},

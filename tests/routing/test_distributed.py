@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from moekit.experts import Bank, ExpertsSpec, SwiGLU, Zero
 from moekit.layer import MoESpec
 from moekit.routing import (
+    Comet,
     Entropy,
     HeterogeneousBalance,
     L1Balance,
@@ -44,6 +45,7 @@ PROBABILISTIC: tuple[LossSpec, ...] = (
 DESIGNS: dict[str, tuple[RouterSpec, ExpertsSpec, tuple[LossSpec, ...]]] = {
     **{f"{i}": (TopK(k=2), BANK, (loss,)) for i, loss in enumerate(PROBABILISTIC)},
     "relu": (ReLURouting(k=1), BANK, (L1Balance(k=1, initial=0.1),)),
+    "a loss of the router": (Comet(k=2, gamma=8.0, entropy=0.5), BANK, (RouterZ(),)),
 }
 
 
@@ -59,13 +61,14 @@ def loss_and_gradients(name: str, half: slice) -> tuple[torch.Tensor, list[torch
     """The loss of two layers on some rows of the batch, and the gradients of their routers."""
     torch.manual_seed(1)
     layers = [MoESpec(*DESIGNS[name][:2]).build(4).double() for _ in range(2)]
-    for layer in layers:
-        torch.nn.init.normal_(layer.router.weight)
+    weights = [weight for layer in layers for weight in layer.router.parameters()]
+    for weight in weights:
+        torch.nn.init.normal_(weight)
     losses = RoutingLosses([LossSite(DESIGNS[name][2], layer.router) for layer in layers])
     x_ND, valid_N = batch()
     signals = Signals(valid_N=valid_N[half])
     total, _ = losses([layer.router(x_ND[half], signals) for layer in layers])
-    gradients = torch.autograd.grad(total, [layer.router.weight for layer in layers])
+    gradients = torch.autograd.grad(total, weights)
     return total.detach(), list(gradients)
 
 

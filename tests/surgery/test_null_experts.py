@@ -73,10 +73,12 @@ def test_the_true_experts_and_their_logits_are_unchanged() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     grown = add_null_experts(model, 8, 3, LOSS)
     assert all(model.state_dict()[name].equal(value) for name, value in before.items())
-    x_ND = torch.randn(100, WIDTH)
+    x_ND = torch.randn(100, WIDTH, dtype=torch.float64)
     for old, new in zip(model.moe_layers, grown.moe_layers, strict=True):
+        assert new.router.weight[:EXPERTS].equal(old.router.weight)
         old_NE, new_NE = old.router(x_ND).logits_NE, new.router(x_ND).logits_NE
-        torch.testing.assert_close(new_NE[:, :EXPERTS], old_NE, rtol=0, atol=0)
+        # Not to the bit: a product with more columns may add up in another order.
+        torch.testing.assert_close(new_NE[:, :EXPERTS], old_NE, rtol=1e-12, atol=1e-12)
         for twin in (new_NE[:, EXPERTS : 2 * EXPERTS], new_NE[:, 2 * EXPERTS :]):
             assert not twin.equal(old_NE)
             torch.testing.assert_close(twin, old_NE, rtol=0, atol=1e-2)
@@ -143,9 +145,24 @@ def test_it_saves_and_loads_and_trains(tmp_path: Path) -> None:
     assert gradient[EXPERTS:].abs().sum() > 0
 
 
+def test_everything_a_router_holds_for_an_expert_is_grafted() -> None:
+    layer = MoESpec(TopK(k=2, bias=True, noise=True, bias_rate=0.01), BANK)
+    model = decoder(layer)
+    router = model.moe_layers[0].router
+    for value in (router.bias, router.noise_weight, router.correction_bias_E):
+        torch.nn.init.normal_(value)
+    grown = add_null_experts(model, 2 * EXPERTS, 3, LOSS).moe_layers[0].router
+    for name in ("bias", "noise_weight", "correction_bias_E"):
+        old, new = getattr(router, name), getattr(grown, name)
+        assert new.equal(torch.cat([old, old, old]))
+    x_ND = torch.randn(5, WIDTH)
+    torch.testing.assert_close(grown(x_ND).logits_NE[:, :EXPERTS], router(x_ND).logits_NE)
+
+
 @pytest.mark.parametrize(
     ("layer", "count", "k", "said"),
     [
+        (MoESpec(TopK(k=2, groups=2), BANK), 4, 3, "2 groups"),
         (LAYER, 3, 3, "needs a multiple"),
         (LAYER, 6, 3, "needs a multiple"),
         (LAYER, 0, 2, "0 null experts|count"),

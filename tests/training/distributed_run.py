@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny_training import Sequences, TinyData, tiny_model
+from tiny_training import PaddedSequences, Sequences, TinyData, tiny_model
 from transformers import TrainerCallback
 
 from moekit import (
@@ -62,6 +62,14 @@ CASES: dict[str, tuple[Any, TrainingSpec]] = {
         MoESpec(Pathway(k=2), Bank((SwiGLU(count=3, hidden=16), Constant()))),
         SPEC.replace(gradient_checkpointing=True),
     ),
+    "right padding": (
+        MoESpec(TopK(k=2), SwiGLU(count=4, hidden=16), losses=(SwitchBalance(weight=1.0),)),
+        SPEC.replace(gradient_accumulation=2),
+    ),
+    "left padding": (
+        MoESpec(TopK(k=2), SwiGLU(count=4, hidden=16), losses=(RouterZ(weight=1.0),)),
+        SPEC,
+    ),
 }
 
 
@@ -72,6 +80,14 @@ class Uneven(TinyData):
         super().__init__(validation=Sequences(7, seed=1))
 
 
+def data_of(case: str) -> TinyData:
+    """Padding makes the tokens of processes and of micro-batches unequal."""
+    side = case.removesuffix(" padding")
+    if side == case:
+        return Uneven()
+    return TinyData(PaddedSequences(40, side=side), PaddedSequences(7, seed=1, side=side))
+
+
 def losses(result: TrainingResult) -> list[float]:
     return [row["loss"] for row in result.history]
 
@@ -79,7 +95,7 @@ def losses(result: TrainingResult) -> list[float]:
 def run_case(name: str, output: Path) -> dict[str, Any]:
     layer, spec = CASES[name]
     model = tiny_model(layer)
-    data = Uneven()
+    data = data_of(name)
     result = train(model, data, spec, output / name, progress=SilentProgress())
     again = train(tiny_model(layer), data, spec, output / name, progress=SilentProgress())
     assert losses(again) == losses(result)  # every process finds the finished run

@@ -163,12 +163,22 @@ def test_wandb_gets_the_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
+@pytest.mark.parametrize(
+    ("tracker", "said"),
+    [
+        ("wandb", r"wandb, which is not installed .*; run pip install 'moekit\[tracking\]'"),
+        ("mlflow", "mlflow, which is not installed or not set up; install it or leave it out"),
+        ("flyte", "flyte, which is not installed"),
+    ],
+)
 def test_a_tracker_that_is_not_installed_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, said: str
 ) -> None:
-    monkeypatch.setattr(arguments_module.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(MissingExtraError, match="wandb, which is not installed; run pip install"):
-        train(tiny_model(), TinyData(), SPEC, tmp_path, report_to=("wandb",))
+    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", list)
+    monkeypatch.setattr(arguments_module, "is_flytekit_available", lambda: False)
+    with pytest.raises(MissingExtraError, match=said):
+        train(tiny_model(), TinyData(), SPEC, tmp_path / "run", report_to=(tracker,))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_trainer_also_works_by_itself(tmp_path: Path) -> None:

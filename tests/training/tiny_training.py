@@ -33,6 +33,22 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.ids[index].clone()}
 
 
+class PaddedSequences(Sequences):
+    """The same sequences cut to lengths from 2 to all, padded on the right or the left."""
+
+    def __init__(self, count: int, length: int = 16, seed: int = 0, side: str = "right") -> None:
+        super().__init__(count, length, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        kept = torch.randint(2, length + 1, (count, 1), generator=generator)
+        place = torch.arange(length)
+        self.mask = place < kept if side == "right" else place >= length - kept
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids, mask = self.ids[index], self.mask[index]
+        labels = ids.masked_fill(~mask, -100)
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask.long()}
+
+
 @dataclass
 class TinyData:
     """In the place of ``moekit.data.TextData``."""

@@ -130,7 +130,7 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type
             share = _share(targets, num_items_in_batch)
             cross_entropy = loss / share
             if self.training:
-                loss = loss + share * routing_loss
+                loss = loss + self.routing_losses.mean_over_ranks(share) * routing_loss
         return MoECausalLMOutput(
             loss=loss,
             logits=logits,
