@@ -29,9 +29,9 @@ def cancellation(weight_NK: Tensor, leaf: Tensor, by_weight_NK: Tensor) -> float
     """How many times the terms of a router's gradient are larger than their sum.
 
     The gradient is ``Σ ∂w/∂leaf · ∂L/∂w`` over the combine weights w. Each ``∂L/∂w`` is rounded
-    with its expert's output, which no arithmetic in the router can undo: in float64 a gate makes the
-    same gradient of the same ``∂L/∂w``. Where terms of both signs cancel, the rounding remains; those
-    of two selectors of DSelect-k do so 215 times over in one case.
+    with its expert's output, which no arithmetic in the router can undo: a gate in float64 makes
+    the same gradient of the same ``∂L/∂w``. Where terms of both signs cancel, the rounding
+    remains; those of two selectors of DSelect-k do so 215 times over in one case.
     """
     each = torch.eye(weight_NK.numel(), dtype=weight_NK.dtype).view(-1, *weight_NK.shape)
     (jacobian,) = torch.autograd.grad(
