@@ -8,18 +8,16 @@ point's id, which the hash gate looks at, is its place on a grid twice as fine a
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekit.compare.record import write_json
 from moekit.compare.summary import Spread
 from moekit.errors import DivergedError
 from moekit.routing import (
@@ -136,7 +134,8 @@ def experiment(lab: Laboratory) -> Reproduction:
     total = len(arms) * len(seeds)
     scores: dict[str, list[Score]] = {name: [] for name in arms}
     for index, (seed, name) in enumerate((seed, name) for seed in seeds for name in arms):
-        scores[name].append(_stored_or_run(lab, name, arms[name], seed, budget, (index, total)))
+        run = partial(_run, lab, name, arms[name], seed, budget, (index, total))
+        scores[name].append(Score(**lab.measured(name, seed, asdict(budget), run)))
     return Reproduction(
         system="comet",
         setting=f"{EXPERTS} frozen linear experts on {COLUMNS} x {ROWS} cells, the gate alone "
@@ -163,33 +162,6 @@ def _arms(search: int) -> dict[str, RouterSpec]:
     return arms
 
 
-def _stored_or_run(
-    lab: Laboratory,
-    name: str,
-    spec: RouterSpec,
-    seed: int,
-    budget: Budget,
-    place: tuple[int, int],
-) -> Score:
-    path = lab.output / f"{name.replace(' ', '-')}-seed{seed}.json"
-    stored = _stored(path, asdict(budget))
-    if stored is not None:
-        lab.progress.found(name, seed)
-        return stored
-    score = _run(lab, name, spec, seed, budget, place)
-    write_json(path, {"budget": asdict(budget), "score": asdict(score)})
-    return score
-
-
-def _stored(path: Path, budget: dict[str, int]) -> Score | None:
-    """The score of a finished run of the same length, if there is one."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return Score(**data["score"]) if data["budget"] == budget else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _run(
     lab: Laboratory,
     name: str,
@@ -197,12 +169,12 @@ def _run(
     seed: int,
     budget: Budget,
     place: tuple[int, int],
-) -> Score:
+) -> dict[str, float]:
     problem = Problem(seed, lab.device)
     router = _router(spec, seed).to(lab.device)
     groups = _groups(router)
     if not groups:  # a hash table has nothing to learn
-        return _score(problem, router.eval(), name)
+        return asdict(_score(problem, router.eval(), name))
     losses = RoutingLosses([LossSite((), router)])
     optimiser = torch.optim.Adam(groups)
     reporter = lab.progress.run(name, seed, *place)
@@ -220,7 +192,7 @@ def _run(
                 reporter.update(step, float(error.detach()), None)
     finally:
         reporter.finish()
-    return _score(problem, router.eval(), name)
+    return asdict(_score(problem, router.eval(), name))
 
 
 def _router(spec: RouterSpec, seed: int) -> Router:
