@@ -166,7 +166,7 @@ def test_a_tiny_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         assert all(math.isfinite(row[f"slope_of_{measure}"]) for measure in MEASURES)
     assert len(result.findings) == 5
     json.dumps(result.to_dict(), allow_nan=False)
-    monkeypatch.setattr(study, "_run", None)  # finished runs are not run again
+    monkeypatch.setattr(study, "_run", lambda *_: pytest.fail("a finished run was run again"))
     assert run(tmp_path).table == result.table
 
 
