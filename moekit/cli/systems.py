@@ -102,13 +102,23 @@ def _show(result: Reproduction, system: System, folder: Path) -> None:
 
 
 def _measures(rows: list[dict[str, Any]]) -> Table:
-    """A row a measure and a column a design, which fits a narrow terminal."""
+    """Designs against measures, the longer list downwards, which fits a narrow terminal."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    measures = [name for name in names if name not in ("design", "causal", "seeds")]
+    designs = [str(row["design"]) for row in rows]
+    titles = [name.replace("_", " ") for name in measures]
+    cells = [[_cell(row.get(name)) for name in measures] for row in rows]
+    if len(designs) > len(measures):
+        return _grid(titles, designs, cells)
+    return _grid(designs, titles, [list(column) for column in zip(*cells, strict=True)])
+
+
+def _grid(columns: list[str], names: list[str], cells: list[list[str]]) -> Table:
     table = Table("", box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_column(Text(str(row["design"])), justify="right", overflow="fold")
-    for name in dict.fromkeys(name for row in rows for name in row):
-        if name not in ("design", "causal", "seeds"):
-            table.add_row(name.replace("_", " "), *(_cell(row.get(name)) for row in rows))
+    for column in columns:
+        table.add_column(Text(column), justify="right", overflow="fold")
+    for name, row in zip(names, cells, strict=True):
+        table.add_row(Text(name), *row)
     return table
 
 

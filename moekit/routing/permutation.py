@@ -48,8 +48,7 @@ def soft_permutation(log_weight_EE: Tensor, schedule: Schedule, progress: float)
 def sinkhorn(log_plan_EE: Tensor, iterations: int) -> Tensor:
     """Normalise rows, then columns, in the log domain, so often."""
     for _ in range(iterations):
-        log_plan_EE = log_plan_EE - log_plan_EE.logsumexp(1, keepdim=True)
-        log_plan_EE = log_plan_EE - log_plan_EE.logsumexp(0, keepdim=True)
+        log_plan_EE = log_plan_EE.log_softmax(1).log_softmax(0)
     return log_plan_EE
 
 

@@ -2,28 +2,28 @@
 
 The unit square [-1, 1]² is cut into 4 by 2 cells. Each cell belongs to one of eight frozen linear
 experts, in an order drawn at random, and the target is that expert's output. Only the gate learns,
-from the squared error. What the gate makes of it can be counted, unlike in a language model.
+from the squared error. What the gate makes of it can be counted, unlike in a language model. A
+point's id, which the hash gate looks at, is its place on a grid twice as fine as the cells.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekit.compare.record import write_json
 from moekit.compare.summary import Spread
 from moekit.errors import DivergedError
 from moekit.routing import (
     Comet,
     DSelectK,
+    Hash,
     Load,
     LossSite,
     Permuted,
@@ -31,6 +31,7 @@ from moekit.routing import (
     RouterSpec,
     Routing,
     RoutingLosses,
+    Signals,
     Site,
     TopK,
 )
@@ -38,11 +39,13 @@ from moekit.systems.experiment import Finding, Laboratory, Reproduction, judged
 
 COLUMNS, ROWS = 4, 2
 EXPERTS = COLUMNS * ROWS
+IDS = 4 * EXPERTS
 BATCH = 256
 POINTS = 5000
 RATE, PERMUTATION_RATE = 1e-2, 5e-3
 GATES: dict[str, RouterSpec] = {
     "top-2": TopK(k=2, bias=True),
+    "hash": Hash(k=1),
     "dselect-k": DSelectK(k=1),
     "comet": Comet(k=1),
 }
@@ -63,7 +66,7 @@ class Budget:
     search: int
 
 
-FULL, QUICK = Budget(seeds=16, steps=2500, search=800), Budget(seeds=2, steps=120, search=40)
+FULL, QUICK = Budget(seeds=16, steps=1500, search=500), Budget(seeds=2, steps=120, search=40)
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,11 @@ class Problem:
 
     def right(self, x_ND: Tensor) -> Tensor:
         """The expert (N,) that owns each point's cell."""
-        share_ND = (x_ND + 1) / 2
-        column_N = (share_ND[:, 0] * COLUMNS).long().clamp_max(COLUMNS - 1)
-        row_N = (share_ND[:, 1] * ROWS).long().clamp_max(ROWS - 1)
-        return self.owner_E[row_N * COLUMNS + column_N]
+        return self.owner_E[_cell(x_ND, COLUMNS, ROWS)]
+
+    def route(self, router: Router, x_ND: Tensor) -> Routing:
+        """What a router makes of the points and their ids."""
+        return router(x_ND, Signals(token_id_N=_cell(x_ND, 2 * COLUMNS, 2 * ROWS)))
 
     def error(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """Mean squared error of the mixture ()."""
@@ -114,70 +118,48 @@ class Problem:
         return (found_N - wanted_N).square().mean()
 
 
+def _cell(x_ND: Tensor, columns: int, rows: int) -> Tensor:
+    """Number (N,) of the cell in which each point of the square lies, row by row."""
+    share_ND = (x_ND + 1) / 2
+    column_N = (share_ND[:, 0] * columns).long().clamp_max(columns - 1)
+    row_N = (share_ND[:, 1] * rows).long().clamp_max(rows - 1)
+    return row_N * columns + column_N
+
+
 def experiment(lab: Laboratory) -> Reproduction:
-    """Top-2, DSelect-k and COMET, the last two also with both schedules of local search."""
+    """Top-2, hash, DSelect-k and COMET, each alone and with both schedules of local search."""
     budget = QUICK if lab.quick else FULL
     arms = _arms(budget.search)
     seeds = range(lab.seed, lab.seed + budget.seeds)
     total = len(arms) * len(seeds)
     scores: dict[str, list[Score]] = {name: [] for name in arms}
     for index, (seed, name) in enumerate((seed, name) for seed in seeds for name in arms):
-        scores[name].append(_stored_or_run(lab, name, arms[name], seed, budget, (index, total)))
+        run = partial(_run, lab, name, arms[name], seed, budget, (index, total))
+        scores[name].append(Score(**lab.measured(name, seed, asdict(budget), run)))
     return Reproduction(
         system="comet",
         setting=f"{EXPERTS} frozen linear experts on {COLUMNS} x {ROWS} cells, the gate alone "
         f"learns: {budget.steps} Adam steps of {BATCH} points, local search over the first "
-        f"{budget.search}, one tree or selector, γ 1, λ 0.01; "
+        f"{budget.search}, one tree or selector, γ 1, λ 0.01, hash over {IDS} ids; "
         f"seeds {', '.join(map(str, seeds))}; scored on {POINTS} points",
         table=[_row(name, found) for name, found in scores.items()],
         findings=(
             *(_beats(scores, rival, lab.quick) for rival in ("dselect-k", "top-2")),
             _search_helps_dselect_k(scores, lab.quick),
+            *(_search_helps(scores, gate, lab.quick) for gate in ("top-2", "hash")),
             _search_and_comet(scores),
         ),
     )
 
 
 def _arms(search: int) -> dict[str, RouterSpec]:
-    """Each gate alone, then within each schedule of local search (without the entropy of P).
-
-    Top-2 is left alone: its outputs are interchangeable, so that a permutation only renames them.
-    """
+    """Each gate alone, then within each schedule of local search (without the entropy of P)."""
     arms: dict[str, RouterSpec] = {}
     for name, gate in GATES.items():
         arms[name] = gate
-        if name == "top-2":
-            continue
         arms[f"{name}+ paper"] = Permuted(gate, schedule="paper", steps=search, zeta=0.0)
         arms[f"{name}+ safe"] = Permuted(gate, schedule="safe", steps=search, zeta=0.0)
     return arms
-
-
-def _stored_or_run(
-    lab: Laboratory,
-    name: str,
-    spec: RouterSpec,
-    seed: int,
-    budget: Budget,
-    place: tuple[int, int],
-) -> Score:
-    path = lab.output / f"{name.replace(' ', '-')}-seed{seed}.json"
-    stored = _stored(path, asdict(budget))
-    if stored is not None:
-        lab.progress.found(name, seed)
-        return stored
-    score = _run(lab, name, spec, seed, budget, place)
-    write_json(path, {"budget": asdict(budget), "score": asdict(score)})
-    return score
-
-
-def _stored(path: Path, budget: dict[str, int]) -> Score | None:
-    """The score of a finished run of the same length, if there is one."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return Score(**data["score"]) if data["budget"] == budget else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _run(
@@ -187,17 +169,20 @@ def _run(
     seed: int,
     budget: Budget,
     place: tuple[int, int],
-) -> Score:
+) -> dict[str, float]:
     problem = Problem(seed, lab.device)
     router = _router(spec, seed).to(lab.device)
+    groups = _groups(router)
+    if not groups:  # a hash table has nothing to learn
+        return asdict(_score(problem, router.eval(), name))
     losses = RoutingLosses([LossSite((), router)])
-    optimiser = torch.optim.Adam(_groups(router))
+    optimiser = torch.optim.Adam(groups)
     reporter = lab.progress.run(name, seed, *place)
     reporter.start(budget.steps, name)
     try:
         for step in range(1, budget.steps + 1):
             x_ND = problem.draw(BATCH)
-            routing = router(x_ND)
+            routing = problem.route(router, x_ND)
             error = problem.error(x_ND, routing)
             optimiser.zero_grad()
             (error + losses([routing])[0]).backward()
@@ -207,14 +192,14 @@ def _run(
                 reporter.update(step, float(error.detach()), None)
     finally:
         reporter.finish()
-    return _score(problem, router.eval(), name)
+    return asdict(_score(problem, router.eval(), name))
 
 
 def _router(spec: RouterSpec, seed: int) -> Router:
     """A fresh router; routers draw from torch's default generator, which is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return spec.build(Site(width=2, kinds=("feed_forward",) * EXPERTS))
+        return spec.build(Site(width=2, kinds=("feed_forward",) * EXPERTS, vocabulary=IDS))
 
 
 def _groups(router: Router) -> list[dict[str, Any]]:
@@ -229,7 +214,7 @@ def _groups(router: Router) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _score(problem: Problem, router: Router, name: str) -> Score:
     x_ND = problem.draw(POINTS)
-    routing = router(x_ND)
+    routing = problem.route(router, x_ND)
     error = float(problem.error(x_ND, routing))
     if not math.isfinite(error):
         raise DivergedError(f"the gate {name} diverged: its error is {error}")
@@ -286,6 +271,23 @@ def _search_helps_dselect_k(scores: dict[str, list[Score]], quick: bool) -> Find
         measured=f"{_described(scores, name)}, {_described(scores, 'dselect-k')}, "
         f"{_described(scores, 'dselect-k+ paper')}",
         verdict=judged(_gap(scores, name, "dselect-k").mean >= 0.03, quick=quick),
+    )
+
+
+def _search_helps(scores: dict[str, list[Score]], gate: str, quick: bool) -> Finding:
+    """Outputs of these gates are interchangeable, but the frozen experts behind them are not."""
+    gap = _gap(scores, f"{gate}+ safe", gate)
+    interval = "" if gap.half_width is None else f" ± {gap.half_width:.3f} (95%)"
+    return Finding(
+        claim=f"Local search improves {gate} too (abstract, of its tuning budget)",
+        measured=f"{_described(scores, f'{gate}+ safe')}, {_described(scores, gate)}, "
+        f"{_described(scores, f'{gate}+ paper')}; gain with the schedule that converges "
+        f"{gap.mean:+.3f}{interval}",
+        verdict=judged(
+            gap.mean > 0,
+            quick=quick,
+            decided=gap.half_width is not None and abs(gap.mean) > gap.half_width,
+        ),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,6 +88,25 @@ class Laboratory:
                 "choose another folder with --output"
             )
         write_json(path, wanted)
+
+    def measured(
+        self, name: str, seed: int, settings: Mapping[str, Any], run: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What ``run`` measures, or what it did if a run of these settings has ended before.
+
+        Args:
+            name, seed: which run, among those of the folder.
+            settings: all that decides the result, as JSON values.
+            run: called if there is no such result; returns JSON values.
+        """
+        path = self.output / f"{name.replace(' ', '-')}-seed{seed}.json"
+        stored = _stored(path)
+        if isinstance(stored, dict) and stored.get("settings") == settings:
+            self.progress.found(name, seed)
+            return dict(stored["measured"])
+        found = run()
+        write_json(path, {"settings": settings, "measured": found})
+        return found
 
 
 def _stored(path: Path) -> Any:

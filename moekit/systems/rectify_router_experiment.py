@@ -57,12 +57,14 @@ class _Arm:
         before: loss right after upcycling; None for a model that is only tested otherwise.
         dropped: share of the routers' choices that found no place.
         padding: share of the places that stayed empty.
+        active: mean experts that a token ran, those of its repairs included.
     """
 
     after: float
     before: float | None = None
     dropped: float = 0.0
     padding: float = 0.0
+    active: float = 1.0
 
 
 _Run = Mapping[str, _Arm]
@@ -161,19 +163,25 @@ def _arm(model: MoEDecoderForCausalLM, data: TextData, before: float | None = No
 
 
 @torch.no_grad()
-def _waste(model: MoEDecoderForCausalLM, data: TextData) -> tuple[float, float]:
-    """Shares of the choices dropped and of the places left empty, over some held-out batches."""
-    dropped = choices = padding = places = 0
+def _waste(model: MoEDecoderForCausalLM, data: TextData) -> tuple[float, float, float]:
+    """What a limit makes of the choices on some held-out batches.
+
+    Returns:
+        The shares of the choices dropped and of the places left empty, and the experts that a
+        token ran.
+    """
+    dropped = choices = padding = places = run = tokens = 0
     for ids_BT in evaluation_batches(data.validation, 8, model.device):
         for record, layer in zip(model(ids_BT).moe, model.moe_layers, strict=True):
             limit = layer.dispatch
             if not isinstance(limit, RectifiedDispatch) or limit.in_evaluation is None:
-                return 0.0, 0.0
+                return 0.0, 0.0, float(SHAPE.k)
             found = rectify(record.routing, limit.in_evaluation)
             dropped, padding = dropped + int(found.dropped), padding + int(found.padding)
             places = places + int(found.places)
             choices = choices + int(record.routing.used_NK.sum())
-    return dropped / choices, padding / places
+            run, tokens = run + int(found.routing.used_NK.sum()), tokens + found.routing.tokens
+    return dropped / choices, padding / places, run / tokens
 
 
 def _row(name: str, arms: Sequence[_Arm]) -> dict[str, Any]:
@@ -187,6 +195,7 @@ def _row(name: str, arms: Sequence[_Arm]) -> dict[str, Any]:
         "loss_after_upcycling": statistics.fmean(before) if before else None,
         "dropped_share": statistics.fmean(arm.dropped for arm in arms),
         "padding_share": statistics.fmean(arm.padding for arm in arms),
+        "mean_active_experts": statistics.fmean(arm.active for arm in arms),
     }
 
 

@@ -1,8 +1,8 @@
 """The activation dense-to-sparse gate as a layer: all experts at first, few once the gate is cold.
 
 Nguyen, Akbarian, Ho: "Is Temperature Sample Efficient for Softmax Gaussian Mixture of Experts?",
-arXiv 2401.13875. The paper studies the gate in a Gaussian mixture; its estimators are not part of
-this version.
+arXiv 2401.13875. The paper studies the gate in a Gaussian mixture, as the experiment does; its
+estimators are not part of this version.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from moekit.experts import SwiGLU
 from moekit.layer import MoESpec
 from moekit.routing import DenseToSparse, SwitchBalance
 from moekit.systems.system import Shape, System
+from moekit.systems.temperature_gaussian_moe_experiment import experiment
 
 ANNEALING_STEPS = 100
 
@@ -35,6 +36,8 @@ TEMPERATURE_GAUSSIAN_MOE = System(
     title="Dense-to-sparse temperature gates (the layer; the estimators are not built yet)",
     paper="Nguyen et al., arXiv 2401.13875",
     parts="DenseToSparse(activation) over SwiGLU; SwitchBalance",
-    use="moekit compare --designs topk,temperature_gaussian_moe",
+    use="moekit compare --designs topk,temperature_gaussian_moe; "
+    "moekit reproduce temperature_gaussian_moe",
     design=temperature_gaussian_moe,
+    experiment=experiment,
 )

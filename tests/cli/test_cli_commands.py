@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from command_line import Moekit
+from rich.console import Console
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 import moekit as package
 from moekit.cli import compare as compare_module
 from moekit.cli.main import build
+from moekit.cli.systems import _measures
 from moekit.systems import baselines, systems
 
 COMMANDS = ("compare", "train", "inspect", "generate", "systems", "reproduce")
@@ -273,6 +275,21 @@ def test_reproduce(moekit: Moekit, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert strict(again.out) == strict(path.read_text(encoding="utf-8"))
     refused = moekit("reproduce", "moepp", "--output=moekit-reproduce/moepp-quick")
     assert "another experiment" in refused.sentence
+
+
+@pytest.mark.parametrize("designs", [2, 5])
+def test_the_longer_list_of_a_result_runs_downwards(designs: int) -> None:
+    rows = [{"design": f"d{i}", "loss": i / 4, "mean_active_experts": i} for i in range(designs)]
+    rows[-1] = {"design": f"d{designs - 1}", "loss": None}
+    console = Console(width=60)
+    with console.capture() as capture:
+        console.print(_measures(rows))
+    lines = [line.split() for line in capture.get().splitlines() if line.strip(" ─")]
+    if designs == 5:
+        assert lines[0] == ["loss", "mean", "active", "experts"]
+        assert lines[2:] == [["d1", "0.25", "1"], ["d2", "0.5", "2"], ["d3", "0.75", "3"], ["d4"]]
+    else:
+        assert lines == [["d0", "d1"], ["loss", "0"], ["mean", "active", "experts", "0"]]
 
 
 def test_control_c(moekit: Moekit, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

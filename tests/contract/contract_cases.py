@@ -82,9 +82,8 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
         DenseToSparse(activation="sigmoid", bias=False, noise=True),
     ),
     "GumbelSoftmax": (GumbelSoftmax(), GumbelSoftmax(temperature=0.5, hard=True, seed=3)),
-    "Comet": (Comet(k=2, gamma=8.0), Comet(k=1, gamma=0.5, hard=True)),
-    # One selector: the gradient of the shares of two cancels to below bfloat16's rounding.
-    "DSelectK": (DSelectK(k=1, gamma=8.0), DSelectK(k=1, gamma=8.0, static=True)),
+    "Comet": (Comet(k=2, gamma=4.0), Comet(k=1, gamma=0.5, hard=True)),
+    "DSelectK": (DSelectK(k=2, gamma=8.0), DSelectK(k=2, gamma=8.0, static=True)),
     "Permuted": (
         Permuted(TopK(k=2), steps=5),
         Permuted(Comet(k=2, gamma=4.0), schedule="paper", steps=5),

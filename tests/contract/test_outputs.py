@@ -25,16 +25,31 @@ def run(layer: MoE, inputs: Inputs) -> Dispatched:
     return layer.dispatch(inputs.x_ND, routing, layer.experts)
 
 
-def gradient_tolerance(leaf: str, gradient: Tensor) -> float:
+def cancellation(weight_NK: Tensor, leaf: Tensor, by_weight_NK: Tensor) -> float:
+    """How many times the terms of a router's gradient are larger than their sum.
+
+    The gradient is ``Σ ∂w/∂leaf · ∂L/∂w`` over the combine weights w. Each ``∂L/∂w`` is rounded
+    with its expert's output, which no arithmetic in the router can undo: a gate in float64 makes
+    the same gradient of the same ``∂L/∂w``. Where terms of both signs cancel, the rounding
+    remains; those of two selectors of DSelect-k do so 215 times over in one case.
+    """
+    each = torch.eye(weight_NK.numel(), dtype=weight_NK.dtype).view(-1, *weight_NK.shape)
+    (jacobian,) = torch.autograd.grad(
+        weight_NK, leaf, each, retain_graph=True, is_grads_batched=True
+    )
+    terms = jacobian.double().flatten(1) if leaf.dim() else jacobian.double()[:, None]
+    terms = terms * by_weight_NK.double().view(-1, 1)
+    return float(terms.abs().sum(0).max() / terms.sum(0).abs().max())
+
+
+def tolerance(leaf: str, dtype: torch.dtype) -> float:
     """The tolerance of a leaf's gradient.
 
-    That of a gate's bias or temperature sums terms of both signs over tokens and experts, each
-    rounded with its expert's bfloat16 output, and is small beside them. So does that of a constant
-    expert's mixing weights: with plain top-k 7 of 400 draws are more than 2e-2 off.
+    That of a constant expert's mixing weights sums terms of both signs over tokens, each rounded
+    in bfloat16: with plain top-k 7 of 400 draws are more than 2e-2 off.
     """
-    gate = leaf.startswith("router.") and gradient.dim() < 2
-    summed = gate or leaf.endswith("mix_proj")
-    return 5e-2 if summed and gradient.dtype == torch.bfloat16 else TOLERANCE[gradient.dtype]
+    rounded = leaf.endswith("mix_proj") and dtype == torch.bfloat16
+    return 5e-2 if rounded else TOLERANCE[dtype]
 
 
 def gradients(layer: MoE, x_ND: Tensor, y: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
@@ -98,7 +113,14 @@ def test_equals_the_dense_oracle(case: Case, dtype: torch.dtype) -> None:
     ours = gradients(layer, x_ND, done.y_ND, cotangent)
     theirs = gradients(layer, x_ND, wanted, cotangent)
     for leaf, gradient in theirs.items():
-        assert relative_error(ours[leaf], gradient) < gradient_tolerance(leaf, gradient), leaf
+        error = relative_error(ours[leaf], gradient)
+        if leaf.startswith("router.") and error >= TOLERANCE[dtype]:
+            weight_NK = done.routing.weight_NK
+            (by_weight_NK,) = torch.autograd.grad(
+                (wanted * cotangent).sum(), weight_NK, retain_graph=True
+            )
+            error /= cancellation(weight_NK, layer.get_parameter(leaf), by_weight_NK)
+        assert error < tolerance(leaf, dtype), leaf
 
 
 def differentiates_its_values(case: Case) -> bool:

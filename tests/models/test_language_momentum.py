@@ -19,7 +19,7 @@ from moekit import (
     TopK,
 )
 from moekit.compare import Design
-from moekit.errors import SpecError
+from moekit.errors import SignalError, SpecError
 from moekit.models.language import MoEDecoderConfig, MoEDecoderForCausalLM
 
 RULES = (HeavyBall(0.6, 0.5), AdamMomentum(), AdamFirst(0.6), RobustMomentum(0.4, 1.5))
@@ -122,6 +122,21 @@ def test_dense_and_plain_layers_hand_the_very_state_on(rule, build):
     for block in (model.layers[2], model.layers[3]):
         _, carry, _ = block(x, carry, **shared)
         assert all(a is b for a, b in zip(carry.momentum, state, strict=True))
+
+
+@each_rule
+def test_only_the_first_moe_layer_starts_without_momentum(rule, build):
+    model = build([DENSE, layer(rule), layer(), layer(rule)]).model
+    x = torch.randn(1, 5, 32)
+    shared = {
+        "signals": None,
+        "rotation": model.rotary_emb(x, torch.arange(5)[None]),
+        "attention_mask": None,
+    }
+    for first in model.layers[:3]:
+        first(x, Carry(), **shared)
+    with pytest.raises(SignalError, match=f"{type(rule).__name__} starts without momentum at"):
+        model.layers[3](x, Carry(), **shared)
 
 
 @each_rule

@@ -117,6 +117,39 @@ def test_euler_identity_of_the_log_gate(activation: str) -> None:
         assert max(found) > 0.1
 
 
+@pytest.mark.parametrize("activation", ALIKE + OTHERS)
+def test_fisher_information_is_singular_along_the_scale_alone(activation: str) -> None:
+    """Of the gate with a learned temperature, its last expert fixed where a shift has no effect."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        gate = DenseToSparse(temperature=0.4, learned=True, activation=activation)
+        router = gate.build(Site(1, ("feed_forward",) * 3)).double()
+    slope = [1.0, -0.7, 0.0] if activation == "identity" else [1.0, -0.7, 0.3]
+    router.weight.data.copy_(torch.tensor(slope)[:, None])
+    router.bias.data.copy_(torch.tensor([0.3, -0.3, 0.0]))
+    share_NE = router(torch.linspace(-3, 3, 400, dtype=torch.float64)[:, None]).weight_NK
+    free = 2 if activation == "identity" else 3
+    score_NEF = torch.zeros(*share_NE.shape, free + 3, dtype=torch.float64)
+    for place in range(share_NE.numel()):
+        by = torch.autograd.grad(
+            share_NE.flatten()[place].log(),
+            [router.weight, router.bias, router.log_temperature],
+            retain_graph=True,
+        )
+        parts = (by[0][:free, 0], by[1][:2], by[2].view(1))  # by log τ, so along its unit
+        score_NEF.view(-1, free + 3)[place] = torch.cat(parts)
+    information = torch.einsum("ne,nef,neg->fg", share_NE.detach(), score_NEF, score_NEF) / 400
+    scale = information.diagonal().sqrt()
+    eigenvalue, vector = torch.linalg.eigh(information / scale[:, None] / scale)
+    if activation in ALIKE:
+        assert abs(float(eigenvalue[0])) < 1e-12 < 1e-4 < float(eigenvalue[1])
+        wanted = torch.cat([router.weight[:free, 0], router.bias[:2], torch.ones(1)]) * scale
+        cosine = torch.nn.functional.cosine_similarity(vector[:, 0], wanted.detach(), dim=0)
+        assert abs(float(cosine)) > 1 - 1e-8
+    else:
+        assert float(eigenvalue[0]) > 1e-3
+
+
 def test_the_activation_comes_before_bias_and_temperature() -> None:
     """Where every score is 0, tanh((0 + b)/τ) would differ from (tanh 0 + b)/τ."""
     router = router_of(activation="tanh", temperature=0.5)

@@ -26,14 +26,18 @@ def run(folder: Path) -> Reproduction:
 
 def check(result: Reproduction) -> None:
     assert result.system == "comet"
-    searched = [f"{g}{s}" for g in ("dselect-k", "comet") for s in ("", "+ paper", "+ safe")]
-    assert [row["design"] for row in result.table] == ["top-2", *searched]
+    gates = ("top-2", "hash", "dselect-k", "comet")
+    arms = [f"{gate}{search}" for gate in gates for search in ("", "+ paper", "+ safe")]
+    assert [row["design"] for row in result.table] == arms
     for row in result.table:
         assert row["seeds"] == 2
         assert 0 <= row["accuracy"] <= 1
         assert math.isfinite(row["median_squared_error"])
         assert 1 <= row["mean_active_experts"] <= 8
-    assert result.table[0]["mean_active_experts"] == 2
+    active = {row["design"]: row["mean_active_experts"] for row in result.table}
+    for search in ("", "+ paper", "+ safe"):  # a frozen permutation renames and adds nothing
+        assert active[f"top-2{search}"] == 2
+        assert active[f"hash{search}"] == 1
     for finding in result.findings:
         assert finding.verdict == "inconclusive"
         assert "experts)" in finding.measured
@@ -55,13 +59,25 @@ def test_the_right_expert_solves_the_problem_and_no_other_does() -> None:
     assert float(problem.error(x_ND, Routing(other_N1, weight_N1, 8))) > 0.1
 
 
+def test_an_id_lies_in_one_cell_and_a_cell_has_four() -> None:
+    problem = Problem(seed=1, device="cpu")
+    x_ND = problem.draw(2000)
+    ids = comet_experiment._cell(x_ND, 8, 4).tolist()
+    right = problem.right(x_ND).tolist()
+    owners = {id_: {r for i, r in zip(ids, right, strict=True) if i == id_} for id_ in ids}
+    assert set(ids) == set(range(comet_experiment.IDS))
+    assert all(len(owner) == 1 for owner in owners.values())
+    corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]])
+    assert comet_experiment._cell(corners, 8, 4).tolist() == [0, 7, 24, 31]
+
+
 def test_a_tiny_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(comet_experiment, "QUICK", TINY)
     state = torch.get_rng_state()
     result = run(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     check(result)
-    monkeypatch.setattr(comet_experiment, "_run", None)  # finished runs are not run again
+    monkeypatch.setattr(comet_experiment, "_run", lambda *_: pytest.fail("run again"))
     assert run(tmp_path).table == result.table
 
 

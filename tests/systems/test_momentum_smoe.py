@@ -129,6 +129,7 @@ def test_a_tiny_experiment(tmp_path):
     for row in result.table:
         assert all(math.isfinite(row[name]) for name in measures)
         assert row["validation_loss ±"] is None
+        assert row["mean_active_experts"] == 2
         assert row["contaminated_loss"] != row["validation_loss"]
     assert len({row["validation_loss"] for row in result.table}) == 4
     assert len(result.findings) == 8

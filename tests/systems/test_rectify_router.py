@@ -108,11 +108,16 @@ def test_waste_is_counted_over_layers_and_batches(factor: float) -> None:
         )
         model = MoEDecoderForCausalLM(config).eval()
         shares[name] = study._waste(model, _Text())  # type: ignore[arg-type]
-    assert shares["dropless"] == (0.0, 0.0)
-    dropped, padding = shares[f"top-1 c={factor}"]
+    assert shares["dropless"] == (0.0, 0.0, 1.0)
+    dropped, padding, active = shares[f"top-1 c={factor}"]
     # 8 sequences a batch, 8 groups of 16 tokens: C = 16 c / 8, so 8 C = 16 c places a group.
     assert 1 - dropped == pytest.approx(factor * (1 - padding))
+    assert active == pytest.approx(1 - dropped)
     assert shares[f"FR c={factor}"][1] < padding
+    # What fill-in takes from padding it runs; local repair gives every dropped token one expert.
+    assert shares[f"FR c={factor}"][2] == pytest.approx(factor * (1 - shares[f"FR c={factor}"][1]))
+    assert shares[f"IR c={factor}"][2] == pytest.approx(1.0)
+    assert shares[f"FR+IR c={factor}"][2] > shares[f"FR c={factor}"][2]
 
 
 def test_the_design_is_one_expert_a_device() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from moekit.errors import SignalError
 from moekit.experts import FeedForwardSpec
 from moekit.layer import MoE, MoEOutput
 from moekit.models.language.attention import MoEDecoderAttention, Rotation
@@ -39,12 +40,18 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
     """
 
     def __init__(
-        self, config: MoEDecoderConfig, index: int, spec: LayerSpec, previous_experts: int | None
+        self,
+        config: MoEDecoderConfig,
+        index: int,
+        spec: LayerSpec,
+        previous_experts: int | None,
+        continues_momentum: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.self_attn = MoEDecoderAttention(config, index)
         self.mlp = _feed_forward(spec, config, previous_experts)
         self.residual = Plain() if isinstance(spec, FeedForwardSpec) else spec.residual
+        self.needs_momentum = continues_momentum and self.residual.tensors > 0
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -54,7 +61,15 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         """The block's output, what the next block is handed, and the MoE layer's record.
 
         A dense block hands ``carry`` on as it is and has no record.
+
+        Raises:
+            SignalError: ``carry`` lacks the momentum that a block below has handed on.
         """
+        if self.needs_momentum and not carry.momentum:
+            raise SignalError(
+                f"{type(self.residual).__name__} starts without momentum at the first MoE layer "
+                "only, and this is a later one; pass the carry that the block below returned"
+            )
         attended, _, heads = self.self_attn(self.input_layernorm(x_BTD), rotation, **kwargs)
         x_BTD = x_BTD + attended
         if not isinstance(self.mlp, MoE):

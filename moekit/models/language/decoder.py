@@ -204,10 +204,12 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
 
 def _layers(config: MoEDecoderConfig) -> Iterable[MoEDecoderLayer]:
     previous: int | None = None
+    momentum = False
     for index, spec in enumerate(config.layer_specs):
-        yield MoEDecoderLayer(config, index, spec, previous)
+        yield MoEDecoderLayer(config, index, spec, previous, momentum)
         if not isinstance(spec, FeedForwardSpec):
             previous = spec.handed_on(previous)
+            momentum = momentum or spec.residual.tensors > 0
 
 
 def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
