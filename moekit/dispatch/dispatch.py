@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moekit.dispatch.capacity import Priority, capacities, limit
 from moekit.dispatch.plan import Plan, plan_places, plan_rows
-from moekit.experts.experts import Experts
+from moekit.experts.experts import Experts, ExpertsSpec
 from moekit.experts.groups import GroupedMM, RowGroups
 from moekit.routing.router import RouterSpec
 from moekit.routing.routing import Routing
@@ -41,6 +41,13 @@ class DispatchSpec(Spec):
     def check_layer(self, router: RouterSpec, kinds: tuple[str, ...]) -> None:
         """Refuse a router or bank that this dispatch makes no sense for."""
 
+    def check_bank(self, experts: ExpertsSpec) -> None:
+        """Refuse a bank whose experts cannot be run this way."""
+
+    def rows_per_token(self, load: float) -> float:
+        """Rows a token that reach a product, if ``load`` dispatched experts a token are chosen."""
+        return load
+
     def build(self) -> Dispatch:
         """The dispatch module."""
         raise NotImplementedError
@@ -54,9 +61,8 @@ class Dispatch(nn.Module):
         routing = self.limited(routing, experts)
         parts, rows_E = [], routing.expert_NK.new_zeros(experts.dispatched)
         if experts.dispatched:
-            plan = self.plan(routing, experts)
-            parts.append(plan.combine(experts(plan.gather(x_ND), plan.groups)))
-            rows_E = self.rows(plan)
+            y_ND, rows_E = self.run(x_ND, routing, experts)
+            parts.append(y_ND)
         if experts.dispatched < len(experts.kinds):
             direct = experts.direct(x_ND, routing.dense_weight_NE())
             parts += [] if direct is None else [direct]
@@ -66,6 +72,11 @@ class Dispatch(nn.Module):
     def limited(self, routing: Routing, experts: Experts) -> Routing:
         """The assignments that are kept, each in its own slot; further slots may follow."""
         return routing
+
+    def run(self, x_ND: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
+        """Combined outputs (N, O) of the dispatched experts, and the rows of each."""
+        plan = self.plan(routing, experts)
+        return plan.combine(experts(plan.gather(x_ND), plan.groups)), self.rows(plan)
 
     def plan(self, routing: Routing, experts: Experts) -> Plan:
         """The rows to run."""
