@@ -8,6 +8,7 @@ from moekit.systems.adamoe import ADAMOE
 from moekit.systems.baselines import BASELINES
 from moekit.systems.comet import COMET, COMET_RELATIVES
 from moekit.systems.gg_moe import GG_MOE
+from moekit.systems.meo import MEO, MEO_RELATIVES
 from moekit.systems.moepp import MOEPP
 from moekit.systems.momentum_smoe import MOMENTUM_SMOE
 from moekit.systems.planned import PLANNED
@@ -21,7 +22,7 @@ DEFAULT_DESIGNS = ("dense", "topk", "adamoe", "moepp", "remoe")
 
 def baselines() -> tuple[System, ...]:
     """The plain designs, and those that belong to a system without being one of their own."""
-    return (*BASELINES, *COMET_RELATIVES)
+    return (*BASELINES, *COMET_RELATIVES, *MEO_RELATIVES)
 
 
 def systems() -> tuple[System, ...]:
@@ -35,6 +36,7 @@ def systems() -> tuple[System, ...]:
         MOMENTUM_SMOE,
         RECTIFY_ROUTER,
         COMET,
+        MEO,
         *PLANNED,
     )
 

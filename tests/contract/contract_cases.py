@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import moekit
-from moekit.dispatch import Capacity, DispatchSpec, Dropless, Rectified
+from moekit.dispatch import Capacity, DispatchSpec, Dropless, Merged, Rectified
 from moekit.errors import SpecError
 from moekit.experts import (
     GEGLU,
@@ -25,6 +25,7 @@ from moekit.experts import (
     Constant,
     Copy,
     ExpertsSpec,
+    Linear,
     ReLU,
     SwiGLU,
     Zero,
@@ -43,8 +44,12 @@ from moekit.routing import (
     HeterogeneousBalance,
     L1Balance,
     LossSpec,
+    NoisyTopK,
     NullAwareBalance,
     Pathway,
+    PerChunk,
+    PerSequence,
+    PerTask,
     Permuted,
     ReLURouting,
     RouterSpec,
@@ -85,6 +90,13 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
         Permuted(TopK(k=2), steps=5),
         Permuted(Comet(k=2, gamma=4.0), schedule="paper", steps=5),
     ),
+    "NoisyTopK": (NoisyTopK(k=2), NoisyTopK(k=EXPERTS, noise_floor=0.5)),
+    "PerSequence": (PerSequence(NoisyTopK(k=2)), PerSequence(ReLURouting(k=2))),
+    "PerChunk": (PerChunk(TopK(k=2), length=2), PerChunk(Pathway(k=2), length=3)),
+    "PerTask": (
+        PerTask(NoisyTopK(k=2)),
+        PerTask(TopK(k=2), descriptions=((4, 9, 4), (7,)), embedding=5, projected=3),
+    ),
 }
 
 MIXED = Bank((SwiGLU(count=3, hidden=8), Constant(1), Copy(1), Zero(1)))
@@ -93,6 +105,7 @@ BANKS: dict[str, tuple[ExpertsSpec, ...]] = {
     "GEGLU": (GEGLU(count=EXPERTS, hidden=8, bias=True),),
     "GELU": (GELU(count=EXPERTS, hidden=16),),
     "ReLU": (ReLU(count=EXPERTS, hidden=8, bias=True),),
+    "Linear": (Linear(count=EXPERTS), Linear(count=EXPERTS, bias=False, out=12)),
     "Bank": (
         MIXED,
         Bank((Zero(1), SwiGLU(count=2, hidden=8), Constant(2), GELU(count=1, hidden=4, bias=True))),
@@ -115,6 +128,7 @@ DISPATCHES: dict[str, tuple[DispatchSpec, ...]] = {
         Rectified(factor=0.5, eval_factor=0.5, groups=3, unrouted="any", priority="request"),
         Rectified(factor=0.7, eval_factor=0.7, fill_in=False, intra_device=False),
     ),
+    "Merged": (Merged(), Merged(merge="gather")),
 }
 
 LOSSES: dict[str, tuple[LossSpec, ...]] = {
@@ -180,19 +194,25 @@ class Inputs:
     ) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
         ids_N = torch.randint(VOCABULARY, (tokens,), generator=generator)
+        signals = Signals(
+            token_id_N=ids_N, scope_N=torch.arange(tokens) % 3, task_S=torch.tensor([1, 0, 1])
+        )
         logits_NE = torch.randn(tokens, PREVIOUS, generator=generator)
         x_ND = torch.randn(tokens, width, generator=generator)
         if dtype == torch.float64:
             logits_NE = logits_NE.double()
-        return cls(x_ND.to(dtype), Signals(token_id_N=ids_N), Carry(logits_NE=logits_NE))
+        return cls(x_ND.to(dtype), signals, Carry(logits_NE=logits_NE))
 
     def rows(self, index: Tensor) -> Inputs:
         """The inputs of some rows, in the order of ``index``."""
         assert self.signals.token_id_N is not None
+        assert self.signals.scope_N is not None
         assert self.carry.logits_NE is not None
         return Inputs(
             self.x_ND[index],
-            self.signals.replace(token_id_N=self.signals.token_id_N[index]),
+            self.signals.replace(
+                token_id_N=self.signals.token_id_N[index], scope_N=self.signals.scope_N[index]
+            ),
             Carry(logits_NE=self.carry.logits_NE[index]),
         )
 
@@ -225,6 +245,7 @@ def _cases() -> list[Case]:
         itertools.product(others[0], few[1], few[2]),
         itertools.product(few[0], others[1], few[2]),
         itertools.product(few[0], first[1], others[2]),
+        itertools.product([PerSequence(TopK(k=2))], [*few[1], *others[1]], DISPATCHES["Merged"]),
     )
     cases = (Case(*specs) for specs in dict.fromkeys(chosen))
     return [case for case in cases if not refused(case)]
