@@ -74,8 +74,8 @@ def main() -> None:
         "# Expert phase of k merged experts against k that are run\n\n"
         "`python benchmarks/merged_experts.py`; medians of "
         f"{options.repeats} interleaved repeats; {where['device']}, {where['threads']} threads, "
-        f"torch {where['torch']}. Speeds are throughput against running as many experts in the same "
-        "run. MFLOPs are forward, merging included.\n\n"
+        f"torch {where['torch']}. Speeds are throughput against running as many experts in the "
+        "same run. MFLOPs are forward, merging included.\n\n"
     )
     write_text(options.output.with_suffix(".md"), head + "\n".join(texts))
     write_json(options.output.with_suffix(".json"), {"machine": where, "results": results})

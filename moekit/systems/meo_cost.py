@@ -102,7 +102,7 @@ class Phase:
 
     def run(self) -> Dispatched:
         """Forward."""
-        return cast(Dispatched, self.layer.dispatch(self.x_ND, self.routing, self.layer.experts))
+        return cast("Dispatched", self.layer.dispatch(self.x_ND, self.routing, self.layer.experts))
 
     def timed(self) -> tuple[float, float]:
         """Seconds of forward, and of forward with backward."""

@@ -117,9 +117,7 @@ def test_the_order_of_tokens_does_not_matter(case: Case) -> None:
         case
         for case in CASES
         if case.router.causal
-        and (
-            isinstance(case.dispatch, Dropless | Merged) or case.dispatch.priority == "position"
-        )
+        and (isinstance(case.dispatch, Dropless | Merged) or case.dispatch.priority == "position")
     ],
     ids=name,
 )
