@@ -80,7 +80,8 @@ class Projection(nn.Module):
             spec = MoESpec(
                 arm.router, Linear(EXPERTS, out=out), arm.dispatch, arm.losses, adapter=arm.adapter
             )
-            self.mixture = spec.build(width)
+            with torch.random.fork_rng(devices=[]):  # so that all arms draw the rest alike
+                self.mixture = spec.build(width)
             with torch.no_grad():
                 for name, parameter in self.mixture.experts.named_parameters():
                     parameter.copy_(dense.get_parameter(name).expand_as(parameter))

@@ -61,7 +61,8 @@ def experiment(lab: Laboratory) -> Reproduction:
         setting=f"Cost: {EXPERTS} GELU experts {sizes.width} -> {sizes.hidden} -> {sizes.width}, "
         f"{sizes.sequences} sequences of {sizes.length} tokens; operations a token, and median "
         f"milliseconds of {budget.repeats} interleaved calls of the expert phase on a CPU. "
-        "Quality: scikit-learn's digits as 32 tokens, one block of width 32 with projections 32 -> 64 -> 32 of 8 experts that "
+        "Quality: scikit-learn's digits as 32 tokens, one block of width 32 with projections "
+        "32 -> 64 -> 32 of 8 experts that "
         f"start as copies of the dense one, {budget.epochs} epochs on 1200 images, 597 to test; "
         "± is the standard deviation over seeds",
         table=[*_cost_rows(measured), *(_row(name, found[name]) for name in ARMS)],
