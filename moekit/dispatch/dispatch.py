@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moekit.dispatch.capacity import Priority, capacities, limit
 from moekit.dispatch.plan import Plan, plan_places, plan_rows
-from moekit.experts.experts import Experts, ExpertsSpec
+from moekit.experts.experts import Experts, ExpertsSpec, Run
 from moekit.experts.groups import GroupedMM, RowGroups
 from moekit.routing.router import RouterSpec
 from moekit.routing.routing import Routing
@@ -61,8 +61,10 @@ class Dispatch(nn.Module):
         routing = self.limited(routing, experts)
         parts, rows_E = [], routing.expert_NK.new_zeros(experts.dispatched)
         if experts.dispatched:
-            y_ND, rows_E = self.run(x_ND, routing, experts)
-            parts.append(y_ND)
+            plan = self.plan(routing, experts)
+            bank = self.bank(plan, experts)
+            parts.append(plan.combine(bank(plan.gather(x_ND), plan.groups)))
+            rows_E = self.rows(plan)
         if experts.dispatched < len(experts.kinds):
             direct = experts.direct(x_ND, routing.dense_weight_NE())
             parts += [] if direct is None else [direct]
@@ -73,14 +75,13 @@ class Dispatch(nn.Module):
         """The assignments that are kept, each in its own slot; further slots may follow."""
         return routing
 
-    def run(self, x_ND: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
-        """Combined outputs (N, O) of the dispatched experts, and the rows of each."""
-        plan = self.plan(routing, experts)
-        return plan.combine(experts(plan.gather(x_ND), plan.groups)), self.rows(plan)
-
     def plan(self, routing: Routing, experts: Experts) -> Plan:
         """The rows to run."""
         raise NotImplementedError
+
+    def bank(self, plan: Plan, experts: Experts) -> Run:
+        """What computes the plan's rows: the bank as it is."""
+        return experts
 
     def rows(self, plan: Plan) -> Tensor:
         """Rows of each expert that reach a product under this plan."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekit.dispatch.dispatch import Dispatch, DispatchSpec
 from moekit.dispatch.plan import Plan, plan_rows
-from moekit.experts.experts import Experts, ExpertsSpec
+from moekit.experts.experts import Experts, ExpertsSpec, Run
 from moekit.experts.groups import GroupedMM
 from moekit.experts.mixtures import GatheredMixtures, Mixtures
 from moekit.routing.router import RouterSpec
@@ -60,6 +60,19 @@ class Merged(DispatchSpec):
         return MergedDispatch(self)
 
 
+@dataclass(frozen=True)
+class MergedPlan(Plan):
+    """The plan of a bank of S experts, one a scope, each of weight 1.
+
+    Attributes:
+        mixtures: what each of them is made of.
+        ranges: ids of the dispatched experts, as in :class:`~moekit.experts.Experts`.
+    """
+
+    mixtures: Mixtures
+    ranges: list[tuple[int, int]]
+
+
 class MergedDispatch(Dispatch):
     """The module of :class:`Merged`.
 
@@ -75,38 +88,43 @@ class MergedDispatch(Dispatch):
         super().__init__()
         self.spec = spec
 
-    def run(self, x_ND: Tensor, routing: Routing, experts: Experts) -> tuple[Tensor, Tensor]:
-        decisions = routing.per_scope()
+    def plan(self, routing: Routing, experts: Experts) -> MergedPlan:
+        decisions, ranges = routing.per_scope(), experts.dispatched_ranges
         kind = self.mixtures[self.spec.merge]
         mixtures = kind(decisions.expert_NK, decisions.weight_NK, routing.experts)
-        plan = self.plan(routing, experts)
-        y_ND = plan.combine(experts.merged(mixtures)(plan.gather(x_ND), plan.groups))
-        return y_ND, _rows(plan, mixtures, experts)
-
-    def plan(self, routing: Routing, experts: Experts) -> Plan:
-        """The plan of a bank of S experts, one a scope, each of weight 1.
-
-        Rows without an expert, or with none that is dispatched, get no row in it.
-        """
-        assert routing.scope_N is not None  # ``per_scope`` has seen to it
-        assert routing.scopes is not None
-        expert_NK = routing.expert_NK
-        working_NK = torch.zeros_like(expert_NK, dtype=torch.bool)
-        for start, stop in experts.dispatched_ranges:
-            working_NK |= (expert_NK >= start) & (expert_NK < stop)
-        scope_N1 = torch.where(working_NK.any(1), routing.scope_N, -1)[:, None]
-        of_scopes = Routing(
-            expert_NK=scope_N1,
-            weight_NK=torch.ones_like(scope_N1, dtype=routing.weight_NK.dtype),
-            experts=routing.scopes,
-            full=routing.full and experts.dispatched == routing.experts,
+        every = experts.dispatched == routing.experts
+        rows = plan_rows(_of_scopes(routing, ranges, every), [(0, decisions.tokens)], GroupedMM)
+        return MergedPlan(
+            rows.assignment_R, rows.weight_NK, rows.groups, rows.every, mixtures, ranges
         )
-        return plan_rows(of_scopes, [(0, routing.scopes)], GroupedMM)
+
+    def bank(self, plan: Plan, experts: Experts) -> Run:
+        assert isinstance(plan, MergedPlan)
+        return experts.merged(plan.mixtures)
+
+    def rows(self, plan: Plan) -> Tensor:
+        assert isinstance(plan, MergedPlan)
+        dense_SE = plan.mixtures.dense_SE()
+        weight_SE = torch.cat([dense_SE[:, start:stop] for start, stop in plan.ranges], dim=1)
+        count_S = plan.groups.count_E
+        return count_S.new_zeros(weight_SE.shape[1]).index_add(0, weight_SE.argmax(1), count_S)
 
 
-def _rows(plan: Plan, mixtures: Mixtures, experts: Experts) -> Tensor:
-    """The rows of each scope, counted for the dispatched expert that weighs most in it."""
-    dense_SE = mixtures.dense_SE()
-    weight_SE = torch.cat([dense_SE[:, a:b] for a, b in experts.dispatched_ranges], dim=1)
-    count_S = plan.groups.count_E
-    return count_S.new_zeros(experts.dispatched).index_add(0, weight_SE.argmax(1), count_S)
+def _of_scopes(routing: Routing, ranges: list[tuple[int, int]], every: bool) -> Routing:
+    """The routing in which a row's one expert is its scope.
+
+    Rows without an expert in ``ranges``, which ``every`` says are all, have none.
+    """
+    assert routing.scope_N is not None  # ``per_scope`` has seen to it
+    assert routing.scopes is not None
+    expert_NK = routing.expert_NK
+    working_NK = torch.zeros_like(expert_NK, dtype=torch.bool)
+    for start, stop in ranges:
+        working_NK |= (expert_NK >= start) & (expert_NK < stop)
+    scope_N1 = torch.where(working_NK.any(1), routing.scope_N, -1)[:, None]
+    return Routing(
+        expert_NK=scope_N1,
+        weight_NK=torch.ones_like(scope_N1, dtype=routing.weight_NK.dtype),
+        experts=routing.scopes,
+        full=routing.full and every,
+    )

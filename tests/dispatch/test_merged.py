@@ -226,7 +226,7 @@ def test_token_attention_is_the_identity_at_first_and_comes_before_the_gate() ->
     x_BTD = sample(torch.float32)
     assert torch.equal(layer(x_BTD).y, plain(x_BTD).y)
     assert layer.adapter.down.shape == (WIDTH // 4, WIDTH)
-    assert float(layer.adapter.down.abs().max()) <= WIDTH**-0.5
+    assert layer.adapter.down.abs().max().item() <= WIDTH**-0.5
     assert float(layer.adapter.down.detach().std()) > 0
     layer(x_BTD).y.square().sum().backward()
     assert float(layer.adapter.up.grad.abs().max()) > 0  # it learns
