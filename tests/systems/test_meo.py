@@ -55,6 +55,14 @@ def test_costs_of_both_ways() -> None:
     assert slope(line) == pytest.approx(2.0)
 
 
+@pytest.mark.slow
+def test_time_does_not_grow_with_what_is_merged() -> None:
+    """A merge that gathers or loops over experts would be seen in the slope."""
+    found = costs(Sizes(128, 512, sequences=8), (1, 2, 4, 8), 7)
+    run, merged = ([c for c in found if c.way == way] for way in ("run", "merged"))
+    assert slope(merged) < 0.1 * slope(run)
+
+
 @pytest.fixture(scope="module")
 def digits() -> Digits:
     found = load_digits(0)
