@@ -58,8 +58,11 @@ ATTENTION = TokenAttention(reduction=8)
 GATE = NoisyTopK(k=CHOSEN)
 ARMS = {
     "dense": Arm(None, experts_per_token=1),
+    # Switch's router; its probabilities times E, so that it starts near the dense one as well.
     "MoE, 1 a token": Arm(
-        TopK(k=1, normalize="none"), losses=(SwitchBalance(0.01),), experts_per_token=1
+        TopK(k=1, normalize="none", scale=float(EXPERTS)),
+        losses=(SwitchBalance(0.01),),
+        experts_per_token=1,
     ),
     "MoE, 4 a token": Arm(GATE),
     "MoE, 4 a sequence": Arm(PerSequence(GATE)),

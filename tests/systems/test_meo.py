@@ -77,8 +77,9 @@ def test_arms_start_as_the_dense_encoder(digits: Digits) -> None:
     dense, _ = built(ARMS["dense"], 3).double()(images)
     for name, arm in ARMS.items():
         logits, _ = built(arm, 3).double().train()(images)
-        if name != "MoE, 1 a token":  # its weight is a probability, as Switch's
-            torch.testing.assert_close(logits, dense)
+        # Switch's weight, a probability times E, is near 1 before training.
+        near = {"rtol": 0.1, "atol": 0.05} if name == "MoE, 1 a token" else {}
+        torch.testing.assert_close(logits, dense, **near)
     # The paper's gate, two projections each with a gate of its own, and the balance losses.
     model = built(ARMS["MEO, token"], 3)
     mixtures = [m.mixture for m in model.modules() if isinstance(m, Projection)]
