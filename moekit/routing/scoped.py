@@ -29,6 +29,12 @@ class ScopedSpec(RouterSpec):
     router: RouterSpec = NoisyTopK()
 
     @property
+    def k(self) -> float | None:
+        """Experts a row, where the router of scopes says so."""
+        k: float | None = getattr(self.router, "k", None)
+        return k
+
+    @property
     def causal(self) -> bool:  # type: ignore[override]
         return self.router.causal
 

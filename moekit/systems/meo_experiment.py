@@ -42,7 +42,7 @@ class Budget:
     curve_epochs: int
 
 
-FULL = Budget(Sizes(128, 512, sequences=8), repeats=9, seeds=5, epochs=40, curve_epochs=3)
+FULL = Budget(Sizes(128, 512, sequences=8), repeats=9, seeds=5, epochs=15, curve_epochs=3)
 QUICK = Budget(Sizes(64, 128, sequences=4), repeats=2, seeds=1, epochs=1, curve_epochs=1)
 
 Found = Mapping[str, Sequence[Outcome]]
