@@ -3,9 +3,20 @@
 The parts of a layer are importable from here; models, training and data from their own packages.
 """
 
-from moekit.dispatch import Capacity, Dropless, Rectified
+from moekit.dispatch import Capacity, Dropless, Merged, Rectified
 from moekit.errors import MoekitError
-from moekit.experts import GEGLU, GELU, Bank, Constant, Copy, ReLU, SwiGLU, Zero
+from moekit.experts import (
+    GEGLU,
+    GELU,
+    Bank,
+    Constant,
+    Copy,
+    Linear,
+    ReLU,
+    SwiGLU,
+    TokenAttention,
+    Zero,
+)
 from moekit.layer import MoE, MoEOutput, MoESpec
 from moekit.residual import AdamFirst, AdamMomentum, HeavyBall, Plain, RobustMomentum
 from moekit.routing import (
@@ -18,8 +29,12 @@ from moekit.routing import (
     Hash,
     HeterogeneousBalance,
     L1Balance,
+    NoisyTopK,
     NullAwareBalance,
     Pathway,
+    PerChunk,
+    PerSequence,
+    PerTask,
     ReLURouting,
     RouterZ,
     Routing,
@@ -52,12 +67,18 @@ __all__ = [
     "HeavyBall",
     "HeterogeneousBalance",
     "L1Balance",
+    "Linear",
+    "Merged",
     "MoE",
     "MoEOutput",
     "MoESpec",
     "MoekitError",
+    "NoisyTopK",
     "NullAwareBalance",
     "Pathway",
+    "PerChunk",
+    "PerSequence",
+    "PerTask",
     "Plain",
     "ReLU",
     "ReLURouting",
@@ -70,6 +91,7 @@ __all__ = [
     "SimilarityAware",
     "SwiGLU",
     "SwitchBalance",
+    "TokenAttention",
     "TopK",
     "Zero",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from moekit.dispatch.dispatch import Dispatch, DispatchSpec, Dropless
 from moekit.errors import SpecError
+from moekit.experts.adapter import Adapter, AdapterSpec
 from moekit.experts.experts import Experts, ExpertsSpec
 from moekit.experts.feed_forward import FeedForwardSpec
 from moekit.experts.groups import GroupedMM
@@ -32,6 +34,7 @@ class MoESpec(Spec):
         shared_gate: multiply the shared expert's output by ``sigmoid(x w)`` (Qwen2-MoE).
         residual: how the block around the layer adds its output to the hidden state. The layer
             itself returns its output alone.
+        adapter: what every row passes before it is routed and computed, or None.
 
     Example:
         >>> from moekit import MoESpec, SwiGLU, TopK
@@ -47,11 +50,13 @@ class MoESpec(Spec):
     shared: FeedForwardSpec | None = None
     shared_gate: bool = False
     residual: ResidualSpec = Plain()
+    adapter: AdapterSpec | None = None
 
     def check(self) -> None:
         kinds = self.experts.expert_kinds()
         self.router.check_experts(kinds)
         self.dispatch.check_layer(self.router, kinds)
+        self.dispatch.check_bank(self.experts)
         for loss in self.losses:
             loss.check_layer(self.router, kinds)
         self.require(
@@ -90,6 +95,7 @@ class MoESpec(Spec):
             self.dispatch.build(),
             shared=shared,
             shared_gate=gate,
+            adapter=None if self.adapter is None else self.adapter.build(width),
         )
 
     def handed_on(self, previous: int | None) -> int | None:
@@ -102,7 +108,7 @@ class MoESpec(Spec):
         return len(self.experts.expert_kinds())
 
     def expected_load(self) -> float:
-        """Dispatched experts a token once the balance loss has settled.
+        """Rows a token that reach an expert's product once the balance loss has settled.
 
         For top-k with MoE++'s loss this is ``k τ N / (τ N + Z)``, for AdaMoE ``k n / (n + m)``.
         """
@@ -110,7 +116,7 @@ class MoESpec(Spec):
         shares = next((s for s in (loss.shares(kinds) for loss in self.losses) if s), None)
         shares = shares or tuple(1 / len(kinds) for _ in kinds)
         counted = tuple(kind not in ZERO_COMPUTATION for kind in kinds)
-        return self.router.expected_load(shares, counted)
+        return self.dispatch.rows_per_token(self.router.expected_load(shares, counted))
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,7 @@ class MoE(nn.Module):
         *,
         shared: Experts | None = None,
         shared_gate: nn.Linear | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
         if router.site.kinds != experts.kinds:
@@ -155,6 +162,7 @@ class MoE(nn.Module):
         self.dispatch = dispatch
         self.shared = shared
         self.shared_gate = shared_gate
+        self.adapter = adapter
 
     def forward(
         self, x: Tensor, signals: Signals | None = None, carry: Carry | None = None
@@ -162,13 +170,16 @@ class MoE(nn.Module):
         """Route and compute the rows of ``x`` (..., D).
 
         Args:
-            signals: what the router may look at, one entry a row of the flattened ``x``.
+            signals: what the router may look at, one entry a row of the flattened ``x``. For a
+                router that asks for scopes, those of ``x`` (..., T, D) are its sequences of T rows
+                unless the signals say otherwise.
             carry: what the layer below handed over.
         """
         carry = Carry() if carry is None else carry
-        signals = Signals() if signals is None else signals
+        signals = self._with_scopes(x, Signals() if signals is None else signals)
         signals = signals.replace(previous_logits_NE=carry.logits_NE, experts=self.experts)
         x_ND = x.flatten(0, -2)
+        x_ND = x_ND if self.adapter is None else self.adapter(x_ND)
         routing = self.router(x_ND, signals)
         done = self.dispatch(x_ND, routing, self.experts)
         y_ND = done.y_ND if self.shared is None else done.y_ND + self._shared(x_ND)
@@ -181,6 +192,15 @@ class MoE(nn.Module):
             if routing.logits_NE is None
             else carry.replace(logits_NE=routing.logits_NE),
         )
+
+    def _with_scopes(self, x: Tensor, signals: Signals) -> Signals:
+        """The signals with each sequence of ``x`` as a scope, where the router asks for scopes."""
+        given = signals.scope_N is not None or x.dim() < 3
+        if given or "scope_N" not in self.router.requires:
+            return signals
+        sequences, length = math.prod(x.shape[:-2]), x.shape[-2]
+        scope_N = torch.arange(sequences, device=x.device).repeat_interleave(length)
+        return signals.replace(scope_N=scope_N, scopes=sequences)
 
     def _shared(self, x_ND: Tensor) -> Tensor:
         assert self.shared is not None

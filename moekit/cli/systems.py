@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,12 +94,18 @@ def _show(result: Reproduction, system: System, folder: Path) -> None:
     console = Console(highlight=False)
     console.print(f"{system.title} ({system.paper})", markup=False)
     console.print(result.setting, markup=False)
-    console.print(_measures(result.table))
+    for rows in _of_one_kind(result.table):
+        console.print(_measures(rows))
     for finding in result.findings:
         console.print(f"\nclaim     {finding.claim}", markup=False)
         console.print(f"measured  {finding.measured}", markup=False)
         console.print(f"verdict   {finding.verdict}", markup=False)
     console.print(f"\nResults: {folder / 'reproduction.json'}", markup=False, soft_wrap=True)
+
+
+def _of_one_kind(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows in runs of the same measures, each of which is a table."""
+    return [list(run) for _, run in itertools.groupby(rows, key=tuple)]
 
 
 def _measures(rows: list[dict[str, Any]]) -> Table:

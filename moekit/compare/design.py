@@ -15,6 +15,7 @@ from moekit.errors import SpecError
 from moekit.experts import Bank, ExpertsSpec, FeedForwardSpec
 from moekit.layer import MoESpec
 from moekit.models.language import MoEDecoderConfig
+from moekit.models.language.config import check_causal_model
 from moekit.residual import check_stack
 from moekit.routing import Site
 from moekit.routing.router import ZERO_COMPUTATION
@@ -78,6 +79,7 @@ class Design(Spec):
             f"{LONGEST_NAME} characters",
         )
         self.require(len(self.layers) > 0, "it has no layers; give at least one")
+        check_causal_model(self.layers)
         check_stack(tuple(s.residual for s in self.layers if isinstance(s, MoESpec)))
 
     @property
@@ -222,14 +224,19 @@ def _forward_flops(spec: LayerSpec, width: int, previous: int | None) -> float:
 
 
 def _unconditional(spec: MoESpec, width: int, previous: int | None) -> int:
-    """Parameters of an MoE layer that every token meets: router, gate, zero-computation experts."""
+    """Parameters of an MoE layer that every token meets.
+
+    They are those of the router, the adapter, the gate and the zero-computation experts.
+    """
     kinds = spec.experts.expert_kinds()
     with torch.device("meta"):
         router = spec.router.build(Site(width, kinds, previous, vocabulary=1))
+        adapter = None if spec.adapter is None else spec.adapter.build(width)
     sizes = zip(spec.experts.parameters_E(width), kinds, strict=True)
     cheap = sum(size for size, kind in sizes if kind in ZERO_COMPUTATION)
     gate = width if spec.shared_gate else 0
-    return sum(p.numel() for p in router.parameters()) + cheap + gate
+    always = [p for m in (router, adapter) if m is not None for p in m.parameters()]
+    return sum(p.numel() for p in always) + cheap + gate
 
 
 def _without_bias(experts: E) -> E:

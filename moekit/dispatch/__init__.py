@@ -10,6 +10,7 @@ from moekit.dispatch.dispatch import (
     Dropless,
     DroplessDispatch,
 )
+from moekit.dispatch.merged import Merged, MergedDispatch
 from moekit.dispatch.plan import Plan, plan_places, plan_rows
 from moekit.dispatch.rectify import Rectification, Rectified, RectifiedDispatch, rectify
 
@@ -21,6 +22,8 @@ __all__ = [
     "Dispatched",
     "Dropless",
     "DroplessDispatch",
+    "Merged",
+    "MergedDispatch",
     "Plan",
     "Rectification",
     "Rectified",

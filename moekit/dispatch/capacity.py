@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moekit.errors import SpecError
 from moekit.routing.router import ZERO_COMPUTATION
-from moekit.routing.routing import Routing, count_ids
+from moekit.routing.routing import Routing, queue_positions
 
 Priority = Literal["position", "score", "slot", "random"]
 
@@ -50,21 +50,6 @@ def limit(routing: Routing, capacity: Sequence[int], priority: Priority = "slot"
     room = torch.tensor([*capacity, 0], device=expert.device)
     keep = position < room[expert]
     return routing.keep(keep.view_as(routing.expert_NK))
-
-
-def queue_positions(place_R: Tensor, order_R: Tensor, places: int) -> Tensor:
-    """How many assignments to its own place come before each one, int64 (R,).
-
-    Args:
-        place_R: what each assignment asks for, ``0 … places - 1``: an expert, say.
-        order_R: the assignments in the order in which they are served.
-        places: number of different places.
-    """
-    by_place_R = order_R[place_R[order_R].argsort(stable=True)]
-    count = count_ids(place_R, places)
-    start = count.cumsum(0) - count
-    rank_R = torch.arange(len(order_R), device=order_R.device) - start[place_R[by_place_R]]
-    return torch.empty_like(rank_R).scatter_(0, by_place_R, rank_R)
 
 
 def _order(routing: Routing, priority: Priority) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moekit.dispatch.capacity import Priority, capacities, limit
 from moekit.dispatch.plan import Plan, plan_places, plan_rows
-from moekit.experts.experts import Experts
+from moekit.experts.experts import Experts, ExpertsSpec, Run
 from moekit.experts.groups import GroupedMM, RowGroups
 from moekit.routing.router import RouterSpec
 from moekit.routing.routing import Routing
@@ -41,6 +41,13 @@ class DispatchSpec(Spec):
     def check_layer(self, router: RouterSpec, kinds: tuple[str, ...]) -> None:
         """Refuse a router or bank that this dispatch makes no sense for."""
 
+    def check_bank(self, experts: ExpertsSpec) -> None:
+        """Refuse a bank whose experts cannot be run this way."""
+
+    def rows_per_token(self, load: float) -> float:
+        """Rows a token that reach a product, if ``load`` dispatched experts a token are chosen."""
+        return load
+
     def build(self) -> Dispatch:
         """The dispatch module."""
         raise NotImplementedError
@@ -55,7 +62,8 @@ class Dispatch(nn.Module):
         parts, rows_E = [], routing.expert_NK.new_zeros(experts.dispatched)
         if experts.dispatched:
             plan = self.plan(routing, experts)
-            parts.append(plan.combine(experts(plan.gather(x_ND), plan.groups)))
+            bank = self.bank(plan, experts)
+            parts.append(plan.combine(bank(plan.gather(x_ND), plan.groups)))
             rows_E = self.rows(plan)
         if experts.dispatched < len(experts.kinds):
             direct = experts.direct(x_ND, routing.dense_weight_NE())
@@ -70,6 +78,10 @@ class Dispatch(nn.Module):
     def plan(self, routing: Routing, experts: Experts) -> Plan:
         """The rows to run."""
         raise NotImplementedError
+
+    def bank(self, plan: Plan, experts: Experts) -> Run:
+        """What computes the plan's rows: the bank as it is."""
+        return experts
 
     def rows(self, plan: Plan) -> Tensor:
         """Rows of each expert that reach a product under this plan."""

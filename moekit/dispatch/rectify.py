@@ -19,14 +19,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moekit.dispatch.capacity import queue_positions
 from moekit.dispatch.dispatch import Dispatch, DispatchSpec
 from moekit.dispatch.plan import Plan, plan_rows
 from moekit.errors import SpecError
 from moekit.experts.experts import Experts
 from moekit.experts.groups import GroupedMM
 from moekit.routing.router import ZERO_COMPUTATION, RouterSpec
-from moekit.routing.routing import Routing, count_ids
+from moekit.routing.routing import Routing, count_ids, queue_positions
 from moekit.routing.token_graph import TokenGraph
 from moekit.routing.top_k import TopK
 

@@ -1,5 +1,6 @@
 """What is computed: banks of experts run over rows sorted by expert."""
 
+from moekit.experts.adapter import Adapter, AdapterSpec, TokenAttention, TokenAttentionBlock
 from moekit.experts.experts import Bank, Experts, ExpertsBank, ExpertsSpec
 from moekit.experts.feed_forward import (
     GEGLU,
@@ -10,6 +11,8 @@ from moekit.experts.feed_forward import (
     SwiGLU,
 )
 from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups, fits_grouped_mm
+from moekit.experts.linear import Linear, LinearExperts
+from moekit.experts.mixtures import GatheredMixtures, Mixtures
 from moekit.experts.zero_computation import (
     Constant,
     ConstantExperts,
@@ -22,6 +25,8 @@ from moekit.experts.zero_computation import (
 __all__ = [
     "GEGLU",
     "GELU",
+    "Adapter",
+    "AdapterSpec",
     "Bank",
     "Constant",
     "ConstantExperts",
@@ -32,11 +37,17 @@ __all__ = [
     "ExpertsSpec",
     "FeedForwardExperts",
     "FeedForwardSpec",
+    "GatheredMixtures",
     "GroupedMM",
+    "Linear",
+    "LinearExperts",
+    "Mixtures",
     "PaddedGroups",
     "ReLU",
     "RowGroups",
     "SwiGLU",
+    "TokenAttention",
+    "TokenAttentionBlock",
     "Zero",
     "ZeroExperts",
     "fits_grouped_mm",

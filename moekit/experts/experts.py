@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from moekit.errors import SpecError
 from moekit.experts.groups import RowGroups
+from moekit.experts.mixtures import Mixtures
 from moekit.spec import Spec
+
+Run = Callable[[Tensor, RowGroups], Tensor]
+"""Outputs of rows that are sorted by expert."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,9 @@ class ExpertsSpec(Spec):
     def parameters_E(self, width: int) -> tuple[int, ...]:
         """Number of parameters of each expert."""
         raise NotImplementedError
+
+    def check_merging(self) -> None:
+        """Refuse a bank whose dispatched experts cannot be merged, for want of a common shape."""
 
 
 class Experts(nn.Module):
@@ -67,6 +77,25 @@ class Experts(nn.Module):
     def forward(self, rows_RD: Tensor, groups: RowGroups) -> Tensor:
         """Outputs (R, out_width) of the dispatched experts for their rows."""
         raise NotImplementedError
+
+    def merged(self, mixtures: Mixtures) -> Run:
+        """The dispatched experts merged into one a mixture, run over rows sorted by mixture.
+
+        Every parameter is merged along its first dimension, which counts the experts.
+
+        Args:
+            mixtures: weights of this bank's experts in each of S mixtures.
+
+        Returns:
+            ``forward`` of a bank of S experts.
+        """
+        parameters = {name: mixtures.of(value) for name, value in self.named_parameters()}
+
+        def run(rows_RD: Tensor, groups: RowGroups) -> Tensor:
+            y_RO: Tensor = functional_call(self, parameters, (rows_RD, groups))
+            return y_RO
+
+        return run
 
     def direct(self, x_ND: Tensor, weight_NE: Tensor) -> Tensor | None:
         """Weighted sum (N, D) of the direct experts' outputs, or None if it is zero.
@@ -105,6 +134,16 @@ class Bank(ExpertsSpec):
     def parameters_E(self, width: int) -> tuple[int, ...]:
         return tuple(n for part in self.parts for n in part.parameters_E(width))
 
+    def check_merging(self) -> None:
+        working = [part for part in self.parts if "feed_forward" in part.expert_kinds()]
+        self.require(
+            len(working) <= 1,
+            f"experts of {len(working)} parts have no common shape to be merged in; "
+            "put the experts with matrix products into one part",
+        )
+        for part in working:
+            part.check_merging()
+
 
 class ExpertsBank(Experts):
     """The module of :class:`Bank`."""
@@ -132,6 +171,15 @@ class ExpertsBank(Experts):
             outputs.append(part(rows_RD[row : row + size], own))
             expert, row = expert + part.dispatched, row + size
         return torch.cat(outputs)
+
+    def merged(self, mixtures: Mixtures) -> Run:
+        start = 0
+        for part in self._parts():
+            stop = start + len(part.kinds)
+            if part.dispatched:  # the only one, see ``check_merging``
+                return part.merged(mixtures.slice(start, stop))
+            start = stop
+        raise SpecError("the bank has no experts with matrix products that could be merged")
 
     def direct(self, x_ND: Tensor, weight_NE: Tensor) -> Tensor | None:
         weights = weight_NE.split([len(part.kinds) for part in self._parts()], dim=1)

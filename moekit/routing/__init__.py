@@ -18,12 +18,22 @@ from moekit.routing.losses import (
     RouterZ,
     SwitchBalance,
 )
+from moekit.routing.noisy_top_k import NoisyTopK, NoisyTopKRouter
 from moekit.routing.pathway import Pathway, PathwayRouter
+from moekit.routing.per_task import PerTask, PerTaskRouter
 from moekit.routing.permuted import Permuted, PermutedRouter
 from moekit.routing.relu import ReLURouter, ReLURouting
 from moekit.routing.router import ZERO_COMPUTATION, Router, RouterSpec, Site
 from moekit.routing.routing import Carry, Load, Routing, Signals
 from moekit.routing.routing_losses import LossSite, RoutingLosses, all_reduce_loads
+from moekit.routing.scoped import (
+    PerChunk,
+    PerChunkRouter,
+    PerSequence,
+    PerSequenceRouter,
+    ScopedRouter,
+    ScopedSpec,
+)
 from moekit.routing.sequences import (
     Attention,
     AttentionWeights,
@@ -69,9 +79,17 @@ __all__ = [
     "LossSite",
     "LossSpec",
     "Memory",
+    "NoisyTopK",
+    "NoisyTopKRouter",
     "NullAwareBalance",
     "Pathway",
     "PathwayRouter",
+    "PerChunk",
+    "PerChunkRouter",
+    "PerSequence",
+    "PerSequenceRouter",
+    "PerTask",
+    "PerTaskRouter",
     "Permuted",
     "PermutedRouter",
     "ReLURouter",
@@ -81,6 +99,8 @@ __all__ = [
     "RouterZ",
     "Routing",
     "RoutingLosses",
+    "ScopedRouter",
+    "ScopedSpec",
     "Sequences",
     "Signals",
     "SimilarityAware",

@@ -59,6 +59,18 @@ class Permuted(RouterSpec):
     def scores(self) -> Literal["probabilities", "gates", "nothing"]:  # type: ignore[override]
         return self.router.scores
 
+    @property
+    def per_scope(self) -> bool:  # type: ignore[override]
+        return self.router.per_scope
+
+    @property
+    def bidirectional(self) -> bool:  # type: ignore[override]
+        return self.router.bidirectional
+
+    @property
+    def needs_past(self) -> bool:  # type: ignore[override]
+        return self.router.needs_past
+
     def check(self) -> None:
         self.require(self.steps >= 1, f"steps is {self.steps}; wanted at least 1")
         self.require(self.zeta >= 0, f"zeta is {self.zeta}; wanted 0 or more")

@@ -46,12 +46,20 @@ class RouterSpec(Spec):
     ``causal`` tells whether a token's routing is independent of later tokens, ``fixed_k`` whether
     every token takes the same number of experts, ``scores`` what ``Routing.scores_NE`` holds:
     probabilities that sum to 1, free non-negative gates, or nothing.
+
+    ``per_scope`` tells whether all rows of a scope (sequence, chunk, task) share one decision,
+    ``bidirectional`` whether the router is for models that see whole sequences, so that a causal
+    language model refuses it, and ``needs_past`` whether it looks at earlier rows of the sequence,
+    which a KV cache does not keep.
     """
 
     abstract: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     fixed_k: ClassVar[bool] = True
     scores: ClassVar[Literal["probabilities", "gates", "nothing"]] = "probabilities"
+    per_scope: ClassVar[bool] = False
+    bidirectional: ClassVar[bool] = False
+    needs_past: ClassVar[bool] = False
 
     def build(self, site: Site) -> Router:
         """The router module for a place in a model."""

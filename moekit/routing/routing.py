@@ -29,6 +29,9 @@ class Signals:
         token_id_N: vocabulary id of each row.
         scope_N: index of the scope (sequence, chunk, task, image, environment) of each row.
         modality_N: type id of each row, for routers that treat types apart.
+        scopes: number of scopes S, where the caller knows it; without it, a router that decides by
+            scope reads it back from the device.
+        task_S: index of the task of each scope, for routers that decide by task.
         condition_SC: one embedding a scope: a timestep, a task, an environment.
         sequences: how the rows stand in sequences, and which tokens each may look at.
         attention: attention of the layer's rows over the tokens of their own sequences.
@@ -42,6 +45,8 @@ class Signals:
     token_id_N: Tensor | None = None
     scope_N: Tensor | None = None
     modality_N: Tensor | None = None
+    scopes: int | None = None
+    task_S: Tensor | None = None
     condition_SC: Tensor | None = None
     sequences: Sequences | None = None
     attention: Attention | None = None
@@ -56,8 +61,8 @@ class Signals:
     def to(self, device: torch.device | str | int) -> Self:
         """The signals on ``device``; accelerate asks for it between layers on different devices."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields.pop("experts")
-        return self.replace(**{k: v.to(device) for k, v in fields.items() if v is not None})
+        fields.pop("experts")  # a module, which is where it is
+        return self.replace(**{k: v.to(device) for k, v in fields.items() if hasattr(v, "to")})
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class Routing:
         valid_N: False for padding, or None when every row is a token.
         scope_N: which decision each row shares, for a routing broadcast by ``take``; None where
             every row has its own.
+        scopes: number of scopes that ``scope_N`` indexes.
         full: True when every slot of every row is known to be used without looking at the data,
             so that the number of dispatched rows needs no device sync.
     """
@@ -112,6 +118,7 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     valid_N: Tensor | None = None
     scope_N: Tensor | None = None
+    scopes: int | None = None
     full: bool = False
 
     def __post_init__(self) -> None:
@@ -159,6 +166,38 @@ class Routing:
             scores_NE=None if scores is None else scores[scope_N],
             valid_N=None if self.valid_N is None else self.valid_N[scope_N],
             scope_N=scope_N,
+            scopes=self.tokens,
+        )
+
+    def per_scope(self) -> Self:
+        """The S decisions that ``take`` broadcast, without logits, scores and losses.
+
+        A scope without a row that has an expert, such as one of padding alone, has no expert.
+
+        Raises:
+            SpecError: every row has a decision of its own.
+        """
+        if self.scope_N is None or self.scopes is None:
+            raise SpecError(
+                "the routing has a decision for every row and none for a scope; "
+                "use a router that decides by scope, such as PerSequence, PerChunk or PerTask"
+            )
+        rows = self.tokens
+        index_N = torch.arange(rows, device=self.scope_N.device)
+        index_N = torch.where(self.used_NK.any(1), index_N, rows)
+        first_S = index_N.new_full((self.scopes,), rows)
+        first_S = first_S.scatter_reduce(0, self.scope_N, index_N, "amin")
+        pad = torch.nn.functional.pad
+        return self.replace(
+            expert_NK=pad(self.expert_NK, (0, 0, 0, 1), value=-1)[first_S],
+            weight_NK=pad(self.weight_NK, (0, 0, 0, 1))[first_S],
+            logits_NE=None,
+            scores_NE=None,
+            losses={},
+            valid_N=None,
+            scope_N=None,
+            scopes=None,
+            full=False,
         )
 
     def remap(self, expert_E: Tensor, experts: int) -> Self:
@@ -213,6 +252,21 @@ def count_ids(ids: Tensor, size: int) -> Tensor:
     ``torch.bincount`` reads the largest id back from the device; this reads nothing.
     """
     return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))
+
+
+def queue_positions(place_R: Tensor, order_R: Tensor, places: int) -> Tensor:
+    """How many assignments to its own place come before each one, int64 (R,).
+
+    Args:
+        place_R: what each assignment asks for, ``0 … places - 1``: an expert, say.
+        order_R: the assignments in the order in which they are served.
+        places: number of different places.
+    """
+    by_place_R = order_R[place_R[order_R].argsort(stable=True)]
+    count = count_ids(place_R, places)
+    start = count.cumsum(0) - count
+    rank_R = torch.arange(len(order_R), device=order_R.device) - start[place_R[by_place_R]]
+    return torch.empty_like(rank_R).scatter_(0, by_place_R, rank_R)
 
 
 def all_slots_NE(active_NE: Tensor) -> Tensor:

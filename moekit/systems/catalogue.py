@@ -9,6 +9,7 @@ from moekit.systems.baselines import BASELINES
 from moekit.systems.comet import COMET, COMET_RELATIVES
 from moekit.systems.gg_moe import GG_MOE
 from moekit.systems.graph_of_tokens import GRAPH_OF_TOKENS, GRAPH_RELATIVES
+from moekit.systems.meo import MEO, MEO_RELATIVES
 from moekit.systems.moepp import MOEPP
 from moekit.systems.momentum_smoe import MOMENTUM_SMOE
 from moekit.systems.planned import PLANNED
@@ -22,7 +23,7 @@ DEFAULT_DESIGNS = ("dense", "topk", "adamoe", "moepp", "remoe")
 
 def baselines() -> tuple[System, ...]:
     """The plain designs, and those that belong to a system without being one of their own."""
-    return (*BASELINES, *COMET_RELATIVES, *GRAPH_RELATIVES)
+    return (*BASELINES, *COMET_RELATIVES, *GRAPH_RELATIVES, *MEO_RELATIVES)
 
 
 def systems() -> tuple[System, ...]:
@@ -37,6 +38,7 @@ def systems() -> tuple[System, ...]:
         RECTIFY_ROUTER,
         COMET,
         GRAPH_OF_TOKENS,
+        MEO,
         *PLANNED,
     )
 

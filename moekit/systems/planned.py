@@ -11,12 +11,6 @@ def _planned(name: str, title: str, arxiv: str, parts: str) -> System:
 
 PLANNED = (
     _planned(
-        "meo",
-        "Merging Experts into One: the selected experts' weights become one expert",
-        "2310.09832",
-        "sequence and task routers, a merging dispatch, token attention",
-    ),
-    _planned(
         "time_shift_sampler",
         "Time-Shift Sampler: matches each sample of a diffusion chain to its noise level",
         "2305.15583",

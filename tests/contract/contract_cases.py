@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import moekit
-from moekit.dispatch import Capacity, DispatchSpec, Dropless, Rectified
+from moekit.dispatch import Capacity, DispatchSpec, Dropless, Merged, Rectified
 from moekit.errors import SpecError
 from moekit.experts import (
     GEGLU,
@@ -25,6 +25,7 @@ from moekit.experts import (
     Constant,
     Copy,
     ExpertsSpec,
+    Linear,
     ReLU,
     SwiGLU,
     Zero,
@@ -45,9 +46,13 @@ from moekit.routing import (
     HeterogeneousBalance,
     L1Balance,
     LossSpec,
+    NoisyTopK,
     NullAwareBalance,
     Pathway,
+    PerChunk,
     Permuted,
+    PerSequence,
+    PerTask,
     ReLURouting,
     RouterSpec,
     RouterZ,
@@ -97,6 +102,13 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
         AttentionAware(TopK(k=2, normalize="none"), heads="min_entropy"),
         AttentionAware(DenseWarmup(k=1, warmup_k=3), heads="posterior", sigma=3.0),
     ),
+    "NoisyTopK": (NoisyTopK(k=2), NoisyTopK(k=EXPERTS, noise_floor=0.5)),
+    "PerSequence": (PerSequence(NoisyTopK(k=2)), PerSequence(ReLURouting(k=2))),
+    "PerChunk": (PerChunk(TopK(k=2), length=2), PerChunk(Pathway(k=2), length=3)),
+    "PerTask": (
+        PerTask(NoisyTopK(k=2)),
+        PerTask(TopK(k=2), descriptions=((4, 9, 4), (7,)), embedding=5, projected=3),
+    ),
 }
 
 MIXED = Bank((SwiGLU(count=3, hidden=8), Constant(1), Copy(1), Zero(1)))
@@ -105,6 +117,7 @@ BANKS: dict[str, tuple[ExpertsSpec, ...]] = {
     "GEGLU": (GEGLU(count=EXPERTS, hidden=8, bias=True),),
     "GELU": (GELU(count=EXPERTS, hidden=16),),
     "ReLU": (ReLU(count=EXPERTS, hidden=8, bias=True),),
+    "Linear": (Linear(count=EXPERTS), Linear(count=EXPERTS, bias=False, out=12)),
     "Bank": (
         MIXED,
         Bank((Zero(1), SwiGLU(count=2, hidden=8), Constant(2), GELU(count=1, hidden=4, bias=True))),
@@ -127,6 +140,7 @@ DISPATCHES: dict[str, tuple[DispatchSpec, ...]] = {
         Rectified(factor=0.5, eval_factor=0.5, groups=3, unrouted="any", priority="request"),
         Rectified(factor=0.7, eval_factor=0.7, fill_in=False, intra_device=False),
     ),
+    "Merged": (Merged(), Merged(merge="gather")),
 }
 
 LOSSES: dict[str, tuple[LossSpec, ...]] = {
@@ -199,6 +213,8 @@ class Inputs:
         query, key = torch.randn(2, 1, 2, tokens, 3, generator=generator).to(dtype)
         signals = Signals(
             token_id_N=ids_N,
+            scope_N=torch.arange(tokens) % 3,
+            task_S=torch.tensor([1, 0, 1]),
             sequences=Sequences(1, torch.ones(1, tokens, tokens, dtype=torch.bool).tril()),
             attention=DotProductAttention(query, key, 1.0),
             value_ND=torch.randn(tokens, width, generator=generator).to(dtype),
@@ -209,6 +225,7 @@ class Inputs:
         """The inputs of some rows, in the order of ``index``."""
         signals = self.signals
         assert signals.token_id_N is not None
+        assert signals.scope_N is not None
         assert signals.value_ND is not None
         assert signals.sequences is not None
         assert signals.sequences.visible_BTP is not None
@@ -217,6 +234,7 @@ class Inputs:
         visible, attention = signals.sequences.visible_BTP, signals.attention
         permuted = signals.replace(
             token_id_N=signals.token_id_N[index],
+            scope_N=signals.scope_N[index],
             sequences=Sequences(1, visible[:, index][:, :, index]),
             attention=attention.replace(
                 query_BATC=attention.query_BATC[:, :, index],
@@ -255,6 +273,7 @@ def _cases() -> list[Case]:
         itertools.product(others[0], few[1], few[2]),
         itertools.product(few[0], others[1], few[2]),
         itertools.product(few[0], first[1], others[2]),
+        itertools.product([PerSequence(TopK(k=2))], [*few[1], *others[1]], DISPATCHES["Merged"]),
     )
     cases = (Case(*specs) for specs in dict.fromkeys(chosen))
     return [case for case in cases if not refused(case)]

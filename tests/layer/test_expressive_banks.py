@@ -20,7 +20,7 @@ from layer_parts import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moekit.dispatch import Dispatch, Dispatched, Dropless, plan_places, plan_rows
+from moekit.dispatch import Dropless, Merged, plan_places, plan_rows
 from moekit.experts import (
     GELU,
     Bank,
@@ -41,28 +41,8 @@ from moekit.routing import (
 pytestmark = pytest.mark.usefixtures("double")
 
 
-class MergedDispatch(Dispatch):
-    """Each scope runs one expert, the weighted mean of its experts' parameters (MEO)."""
-
-    def forward(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Dispatched:
-        assert routing.scope_N is not None
-        weight_NE, scope_N = routing.dense_weight_NE(), routing.scope_N
-        scopes = int(scope_N.max()) + 1
-        first_S = torch.stack([(scope_N == s).nonzero()[0, 0] for s in range(scopes)])
-        weight_SE = weight_NE[first_S]
-        merged = {
-            name: torch.einsum("se,e...->s...", weight_SE, value)
-            for name, value in experts.named_parameters()
-        }
-        order_R = scope_N.argsort(stable=True)
-        count_S = torch.bincount(scope_N, minlength=scopes)
-        rows = torch.func.functional_call(experts, merged, (x_ND[order_R], RowGroups(count_S)))
-        y_ND = torch.empty_like(rows).index_copy(0, order_R, rows)
-        return Dispatched(y_ND, count_S, routing)
-
-
 def test_experts_merged_into_one_before_they_run() -> None:
-    layer = layer_of(ScopeRouter(site(), k=3), bank(), MergedDispatch())
+    layer = layer_of(ScopeRouter(site(), k=3), bank(), Merged().build())
     x_ND, scope_N = torch.randn(9, WIDTH), torch.tensor([0, 1, 0, 1, 1, 0, 0, 1, 1])
     out = layer(x_ND, Signals(scope_N=scope_N))
     weight_NE = out.routing.dense_weight_NE()
@@ -74,6 +54,21 @@ def test_experts_merged_into_one_before_they_run() -> None:
     assert int(out.rows_E.sum()) == 9  # one row a token, not three
     out.y.sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_a_low_rank_bank_merged_weight_by_weight() -> None:
+    """Any bank whose parameters count the experts first can be merged, a stranger's too."""
+    layer = layer_of(ScopeRouter(site(), k=2), LowRank(bank(), rank=2), Merged().build())
+    x_ND, scope_N = torch.randn(6, WIDTH), torch.tensor([0, 0, 1, 1, 0, 1])
+    out = layer(x_ND, Signals(scope_N=scope_N))
+    experts, weight_NE = layer.experts, out.routing.dense_weight_NE()
+    for n in range(6):
+        a, b, up, down = (
+            torch.einsum("e,eoi->oi", weight_NE[n], value)
+            for value in (experts.a, experts.b, experts.base.up_weight, experts.base.down_proj)
+        )
+        gate, value = ((up + b @ a) @ x_ND[n]).chunk(2)
+        torch.testing.assert_close(out.y[n], down @ (F.silu(gate) * value))
 
 
 def test_a_connector_changes_the_width_and_has_biases() -> None:

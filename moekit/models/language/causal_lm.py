@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from moekit.errors import SpecError
 from moekit.layer import MoE, MoESpec
 from moekit.models.language.block import DenseFeedForward
-from moekit.models.language.config import MoEDecoderConfig
+from moekit.models.language.config import MoEDecoderConfig, check_causal_model
 from moekit.models.language.decoder import (
     AttentionMask,
     MoEDecoderModel,
@@ -32,7 +32,8 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type
     """A causal language model whose every layer is dense or a mixture of experts.
 
     Checkpoints are ordinary ones of transformers. ``generate`` works with every option; a model
-    with a router that is not causal generates too, but routes otherwise than in training.
+    with a router that is not causal generates too, but routes otherwise than in training. Routers
+    that decide for whole sequences are refused.
 
     Attributes:
         model: the decoder.
@@ -54,6 +55,7 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: MoEDecoderConfig) -> None:
+        check_causal_model(config.layer_specs)
         super().__init__(config)
         self.model = MoEDecoderModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -86,6 +88,7 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MoECausalLMOutput:
         """Next-token logits, and losses when ``labels`` are given.
@@ -107,6 +110,7 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            task_ids=task_ids,
             **kwargs,
         )
         assert outputs.last_hidden_state is not None

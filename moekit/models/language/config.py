@@ -34,7 +34,8 @@ class MoEDecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         initializer_range: standard deviation of initial weights.
         tie_word_embeddings: whether the output projection is the embedding matrix.
         attention_dropout: dropout of attention weights in training.
-        use_cache: whether the model returns a KV cache by default.
+        use_cache: whether the model returns a KV cache by default; False where a router looks at
+            earlier hidden states, as ``PerChunk`` does.
         layers: the feed-forward part of each block from the first to the last: a
             :class:`~moekit.MoESpec`, or a feed-forward spec with ``count=1`` for a dense block, as
             objects or as their JSON. A single one stands for every block. None is top-2 of 8
@@ -85,6 +86,7 @@ class MoEDecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             self.num_key_value_heads = self.num_attention_heads
         self._check_heads(self.head_dim, self.num_key_value_heads)
         self.layers = [spec.to_dict() for spec in self._expanded(self.layers)]
+        self.use_cache = self.use_cache and not self.routing_needs_past
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self._check_rope()
 
@@ -96,6 +98,11 @@ class MoEDecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             SpecError: ``layers`` or ``num_hidden_layers`` were changed and disagree.
         """
         return self._expanded(self.layers)
+
+    @property
+    def routing_needs_past(self) -> bool:
+        """Whether a router looks at earlier hidden states, which a KV cache does not keep."""
+        return any(s.router.needs_past for s in self.layer_specs if isinstance(s, MoESpec))
 
     @property
     def is_causal_routing(self) -> bool:
@@ -153,6 +160,21 @@ class MoEDecoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             raise SpecError(
                 f"rope_type {kind!r} is unknown; known: {', '.join(known)}"
                 + suggestion(str(kind), known)
+            )
+
+
+def check_causal_model(layers: Sequence[LayerSpec]) -> None:
+    """Refuse routers that make no sense in a causal language model.
+
+    Raises:
+        SpecError: a router decides for whole sequences, later tokens included.
+    """
+    for spec in layers:
+        if isinstance(spec, MoESpec) and spec.router.bidirectional:
+            raise SpecError(
+                f"{type(spec.router).__name__} looks at whole sequences, which a causal language "
+                "model must not, and of which it sees one token at a time when it generates; "
+                "use PerChunk or PerTask"
             )
 
 

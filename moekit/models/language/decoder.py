@@ -17,7 +17,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from moekit.errors import SpecError
-from moekit.experts import Experts, FeedForwardSpec
+from moekit.experts import Adapter, Experts, FeedForwardSpec
 from moekit.layer import MoE
 from moekit.models.language.attention import MoEDecoderAttention, MoEDecoderRotaryEmbedding
 from moekit.models.language.block import MoEDecoderLayer
@@ -53,7 +53,7 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise ``module``, but nothing in it that a checkpoint has filled already."""
-        if not isinstance(module, Router | Experts | Loss):
+        if not isinstance(module, Router | Experts | Loss | Adapter):
             super()._init_weights(module)  # type: ignore[no-untyped-call]
             return
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -124,6 +124,7 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MoEDecoderOutput:
         """Hidden states of the last block, normalised.
@@ -139,9 +140,14 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
             past_key_values: the KV cache of earlier tokens.
             inputs_embeds: (B, T, D) in place of ``input_ids``; routers by token id refuse it.
             use_cache: whether to return a KV cache; None for the config's choice.
+            task_ids: (B,), the task of each sequence, for routers that decide by task.
+
+        Raises:
+            SpecError: the cache holds earlier tokens, and a router needs their hidden states.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
+        self._check_cache(past_key_values)
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         causal_mask = self._causal_mask(x_BTD, attention_mask, past_key_values, position_ids)
         sequences = None
@@ -158,7 +164,9 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
             "past_key_values": past_key_values,
             "position_ids": position_ids,
             "rotation": self.rotary_emb(x_BTD, position_ids),
-            "signals": _signals(x_BTD, input_ids, attention_mask).replace(sequences=sequences),
+            "signals": _signals(x_BTD, input_ids, attention_mask, task_ids).replace(
+                sequences=sequences
+            ),
             **kwargs,
         }
         carry, records = Carry(), []
@@ -176,6 +184,15 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         """Whether a router looks at other tokens of its sequence."""
         parts = (layer.mlp for layer in self.layers)
         return any("sequences" in p.router.requires for p in parts if isinstance(p, MoE))
+
+    def _check_cache(self, cache: Cache | None) -> None:
+        if cache is None or not self.config.routing_needs_past:
+            return
+        if cache.get_seq_length() > 0:
+            raise SpecError(
+                "a router of this model looks at the hidden states of earlier tokens, which a KV "
+                "cache does not keep; pass use_cache=False"
+            )
 
     def _causal_mask(
         self,
@@ -217,7 +234,12 @@ def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
     return (torch.arange(x_BTD.shape[1], device=x_BTD.device) + seen)[None]
 
 
-def _signals(x_BTD: Tensor, input_ids: Tensor | None, attention_mask: AttentionMask) -> Signals:
+def _signals(
+    x_BTD: Tensor,
+    input_ids: Tensor | None,
+    attention_mask: AttentionMask,
+    task_ids: Tensor | None,
+) -> Signals:
     batch, length = x_BTD.shape[:2]
     valid_BT = valid_tokens(attention_mask, length)
     scope_B1 = torch.arange(batch, device=x_BTD.device)[:, None]
@@ -225,6 +247,8 @@ def _signals(x_BTD: Tensor, input_ids: Tensor | None, attention_mask: AttentionM
         valid_N=None if valid_BT is None else valid_BT.flatten(),
         token_id_N=None if input_ids is None else input_ids.flatten(),
         scope_N=scope_B1.expand(batch, length).flatten(),
+        scopes=batch,
+        task_S=task_ids,
     )
 
 
