@@ -61,11 +61,11 @@ class _Settings:
 
     @classmethod
     def present(cls) -> _Settings:
-        return cls(torch.get_num_threads(), logging.get_verbosity())  # type: ignore[no-untyped-call]
+        return cls(torch.get_num_threads(), logging.get_verbosity())
 
     def apply(self) -> None:
         torch.set_num_threads(self.threads)
-        logging.set_verbosity(self.verbosity)  # type: ignore[no-untyped-call]
+        logging.set_verbosity(self.verbosity)
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the reporter tells
 
 

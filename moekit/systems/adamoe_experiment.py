@@ -39,7 +39,9 @@ from moekit.systems.experiment import (
     Laboratory,
     Reproduction,
     deviation_in_words,
+    deviation_of_experts,
     judged,
+    tokens_by_experts,
 )
 from moekit.systems.system import Shape
 from moekit.training import TrainingSpec, train
@@ -202,24 +204,17 @@ def _beats_cutting(runs: Sequence[dict[str, _Arm]], quick: bool) -> Finding:
 
 
 def _count_is_free(runs: Sequence[dict[str, _Arm]], quick: bool) -> Finding:
-    deviations = [_deviation(run["adamoe"].found.statistics) for run in runs]
+    found = [run["adamoe"].found.statistics for run in runs]
+    deviations = [deviation_of_experts(tokens_by_experts([one])) for one in found]
+    counts = tokens_by_experts(found)
+    shares = ", ".join(f"{n}: {count / sum(counts):.0%}" for n, count in enumerate(counts))
     return Finding(
         claim="Tokens use different numbers of experts (fig. 3)",
         measured="standard deviation of true experts a token by seed "
-        + ", ".join(f"{value:.2f}" for value in deviations),
+        f"{', '.join(f'{value:.2f}' for value in deviations)}; share of tokens by number of true "
+        f"experts, all seeds and layers: {shares}",
         verdict=judged(all(value > 0.3 for value in deviations), quick=quick),
     )
-
-
-def _deviation(found: dict[str, Any]) -> float:
-    """Standard deviation of feed-forward experts a token, from the histograms of all layers."""
-    counts: dict[int, int] = {}
-    for layer in found["layers"]:
-        for experts, tokens in enumerate(layer["histogram"]):
-            counts[experts] = counts.get(experts, 0) + tokens
-    total = sum(counts.values())
-    mean = sum(n * c for n, c in counts.items()) / total
-    return float((sum(c * (n - mean) ** 2 for n, c in counts.items()) / total) ** 0.5)
 
 
 def _signed(values: Sequence[float]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -131,3 +133,20 @@ def deviation_in_words(deviation: float | None) -> str:
     if deviation is None:
         return "one seed, so no deviation"
     return f"its seeds deviate by {deviation:.4f}"
+
+
+def tokens_by_experts(surveys: Sequence[Mapping[str, Any]]) -> list[int]:
+    """How many tokens used 0, 1, 2 ... feed-forward experts, over all layers.
+
+    Args:
+        surveys: summaries of :class:`moekit.measure.ModelStatistics`, one a run.
+    """
+    histograms = [layer["histogram"] for found in surveys for layer in found["layers"]]
+    return [sum(counts) for counts in itertools.zip_longest(*histograms, fillvalue=0)]
+
+
+def deviation_of_experts(counts: Sequence[int]) -> float:
+    """Standard deviation over tokens of what :func:`tokens_by_experts` counted."""
+    total = sum(counts)
+    mean = sum(n * count for n, count in enumerate(counts)) / total
+    return math.sqrt(sum(count * (n - mean) ** 2 for n, count in enumerate(counts)) / total)

@@ -7,6 +7,7 @@ Experts", arXiv 2410.07348.
 from __future__ import annotations
 
 import itertools
+import statistics
 
 from moekit.compare import Design, Study, compare
 from moekit.compare.budgets import small_model_study
@@ -21,7 +22,9 @@ from moekit.systems.experiment import (
     Laboratory,
     Reproduction,
     deviation_in_words,
+    deviation_of_experts,
     judged,
+    tokens_by_experts,
 )
 from moekit.systems.system import Shape, System
 
@@ -66,7 +69,12 @@ def experiment(lab: Laboratory) -> Reproduction:
     return Reproduction(
         system="moepp",
         setting=spec.describe(),
-        table=[summary.row() for summary in summarise(study.records, study.phases)],
+        table=[
+            summary.row() | _by_kind(study, design)
+            for summary, design in zip(
+                summarise(study.records, study.phases), study.spec.designs, strict=True
+            )
+        ],
         findings=(
             _load_follows_tau(study, names, lab.quick),
             _time_follows_rows(study, names, lab.quick),
@@ -79,6 +87,25 @@ def experiment(lab: Laboratory) -> Reproduction:
 def _without_capacity(design: Design) -> Design:
     layers = [layer for layer in design.layers if isinstance(layer, MoESpec)]
     return Design(DROPLESS, tuple(layer.replace(dispatch=Dropless()) for layer in layers))
+
+
+def _by_kind(study: Study, design: Design) -> dict[str, float]:
+    """Assignments a token to each kind of cheap expert, and how feed-forward ones vary."""
+    found = [record.statistics for record in study.of(design.name)]
+    kinds = next(p.experts.expert_kinds() for p in design.layers if isinstance(p, MoESpec))
+    layers = [layer for one in found for layer in one["layers"]]
+    load = {
+        kind: statistics.fmean(
+            sum(n for n, own in zip(layer["load"], kinds, strict=True) if own == kind)
+            / layer["tokens"]
+            for layer in layers
+        )
+        for kind in ("zero", "copy", "constant")
+    }
+    return {
+        **{f"{kind}_experts_per_token": value for kind, value in load.items()},
+        "feed_forward_experts_per_token_sd": deviation_of_experts(tokens_by_experts(found)),
+    }
 
 
 def _load_follows_tau(study: Study, names: dict[float, str], quick: bool) -> Finding:

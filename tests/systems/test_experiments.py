@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moekit.systems import (
     rectify_router_experiment,
     remoe,
 )
+from moekit.systems.experiment import deviation_of_experts, tokens_by_experts
 from moekit.systems.rectify_router_experiment import Budget
 from moekit.training import ProgressReporter, SilentProgress
 
@@ -81,6 +83,15 @@ def check(name: str, result: Reproduction) -> None:
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+def test_experts_are_counted_over_runs_and_layers() -> None:
+    layers = [{"histogram": [1, 2]}, {"histogram": [0, 1, 4]}]
+    counts = tokens_by_experts([{"layers": layers}, {"layers": layers[:1]}])
+    assert counts == [2, 5, 4]
+    assert deviation_of_experts(counts) == pytest.approx(
+        statistics.pstdev([0] * 2 + [1] * 5 + [2] * 4)
+    )
+
+
 # Nine short trainings and their surveys: longer than a default test should take.
 LONG = pytest.param("rectify_router", marks=pytest.mark.slow)
 
@@ -90,6 +101,12 @@ LONG = pytest.param("rectify_router", marks=pytest.mark.slow)
 def test_a_tiny_experiment(name: str, tmp_path: Path) -> None:
     result = run(name, tmp_path)
     check(name, result)
+    if name == "moepp":
+        kinds = ("feed_forward", "zero", "copy", "constant")
+        for row in result.table:  # every assignment goes to an expert of one kind
+            load = [row[f"{kind}_experts_per_token"] for kind in kinds]
+            assert sum(load) == pytest.approx(2)
+            assert (load[1:] == [0, 0, 0]) == (row["design"] == "topk")
     again = run(name, tmp_path)  # finished runs are not run again
     assert [row["validation_loss"] for row in again.table] == [
         row["validation_loss"] for row in result.table
