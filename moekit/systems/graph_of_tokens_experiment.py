@@ -83,7 +83,7 @@ def experiment(lab: Laboratory) -> Reproduction:
     flips = [flip_rates(seed) for seed in range(lab.seed, lab.seed + STRESS_SEEDS)]
     return Reproduction(
         system="graph_of_tokens",
-        setting=f"{spec.describe()}; contamination replaces {SHARE:.1%} of the bytes by others; "
+        setting=f"{_described(spec)}; contamination replaces {SHARE:.1%} of the bytes by others; "
         f"routing is compared between the last {KEPT} checkpoints, {_spacing(spec)} steps apart. "
         "Untrained: 64 tokens around 8 centres in 32 dimensions, noise of deviation 0.5, top-2 of "
         f"8 experts, {STRESS_SEEDS} draws",
@@ -107,6 +107,11 @@ def _study(lab: Laboratory) -> StudySpec:
     spec = spec.replace(model=MODEL, text=TEXT)
     training = spec.training.replace(save_every=_spacing(spec), keep=KEPT, eval_every=None)
     return spec.replace(training=training)
+
+
+def _described(spec: StudySpec) -> str:
+    """The setting in a sentence that does not depend on where Python is installed."""
+    return spec.describe().replace(spec.text.source, "pydoc_data/topics.py of the standard library")
 
 
 def _spacing(spec: StudySpec) -> int:

@@ -118,6 +118,8 @@ def test_a_tiny_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert result.table[3]["design"] == "untrained top-2"
     assert len(result.findings) == 9
     assert {finding.verdict for finding in result.findings} == {"inconclusive"}
+    assert "pydoc_data/topics.py of the standard library" in result.setting
+    assert experiment.TEXT.source not in result.setting
     json.dumps(result.to_dict(), allow_nan=False)
     monkeypatch.setattr(experiment, "_run", None)  # finished runs are not run again
     assert run(tmp_path) == result
