@@ -23,8 +23,12 @@ from moekit.routing.relu import ReLURouter, ReLURouting
 from moekit.routing.router import ZERO_COMPUTATION, Router, RouterSpec, Site
 from moekit.routing.routing import Carry, Load, Routing, Signals
 from moekit.routing.routing_losses import LossSite, RoutingLosses, all_reduce_loads
+from moekit.routing.sinkhorn import Sinkhorn, SinkhornRouter
+from moekit.routing.sparse_simplex import sparse_simplex_projection
+from moekit.routing.sparse_transport import SparseTransport, SparseTransportRouter
 from moekit.routing.temperature import DenseToSparse, DenseToSparseRouter
 from moekit.routing.top_k import TopK, TopKRouter
+from moekit.routing.transport import SparseOTResult, solve_sparse_ot
 
 __all__ = [
     "ZERO_COMPUTATION",
@@ -65,9 +69,16 @@ __all__ = [
     "Routing",
     "RoutingLosses",
     "Signals",
+    "Sinkhorn",
+    "SinkhornRouter",
     "Site",
+    "SparseOTResult",
+    "SparseTransport",
+    "SparseTransportRouter",
     "SwitchBalance",
     "TopK",
     "TopKRouter",
     "all_reduce_loads",
+    "solve_sparse_ot",
+    "sparse_simplex_projection",
 ]

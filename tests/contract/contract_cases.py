@@ -50,6 +50,8 @@ from moekit.routing import (
     RouterSpec,
     RouterZ,
     Signals,
+    Sinkhorn,
+    SparseTransport,
     SwitchBalance,
     TopK,
 )
@@ -81,6 +83,13 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
     "Comet": (Comet(k=2, gamma=8.0), Comet(k=1, gamma=0.5, hard=True)),
     # One selector: the gradient of the shares of two cancels to below bfloat16's rounding.
     "DSelectK": (DSelectK(k=1, gamma=8.0), DSelectK(k=1, gamma=8.0, static=True)),
+    "SparseTransport": (
+        SparseTransport(capacity_factor=1.5, multiple_of=1),
+        SparseTransport(sparse="token", k=2, group_size=5),
+        SparseTransport(capacity_factor=4, combine="plan", solver="bfgs", iterations=200),
+        SparseTransport(sparse="token", k=5, combine="plan", solver="bfgs", iterations=200),
+    ),
+    "Sinkhorn": (Sinkhorn(capacity_factor=1.5, multiple_of=1),),
     "Permuted": (
         Permuted(TopK(k=2), steps=5),
         Permuted(Comet(k=2, gamma=4.0), schedule="paper", steps=5),
