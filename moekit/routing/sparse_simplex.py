@@ -65,7 +65,7 @@ class _Projection(torch.autograd.Function):
         return value_I
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_I: Tensor) -> tuple[Tensor, Tensor, None]:
         (value_I,) = ctx.saved_tensors
         support_I = value_I > 0

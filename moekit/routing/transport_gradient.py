@@ -2,8 +2,8 @@
 
 Write ``1_j`` for the indicator of the support of column j, which has s_j entries. At the solution
 ``a = Σ_j t_j``, and while the supports stay, ``t_j = J_j (α - c_j) + (b_j / s_j) 1_j`` with
-``J_j = (diag(1_j) - 1_j 1_jᵀ / s_j) / γ``. So with ``H = Σ_j J_j``, ``H dα = da + Σ_j J_j dc_j -
-Σ_j (db_j / s_j) 1_j``. No solver step is differentiated. The gradient is that of the exact solution:
+``J_j = (diag(1_j) - 1_j 1_jᵀ / s_j) / γ``. Hence ``H dα = da + Σ_j (J_j dc_j - db_j / s_j 1_j)``
+with ``H = Σ_j J_j``. No solver step is differentiated. The gradient is that of the exact solution;
 away from it, after a few steps of Adam, say, it is an approximation.
 
 Shape suffixes as in :mod:`moekit.routing.transport`.
@@ -40,7 +40,7 @@ class _Plan(torch.autograd.Function):
         return plan_JI.transpose(-2, -1).clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_IJ: Tensor) -> tuple[Tensor | None, ...]:
         (support_JI,) = ctx.saved_tensors
         # A small eigenvalue and one that is 0 differ by less than float32 can tell.

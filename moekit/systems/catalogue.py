@@ -13,6 +13,10 @@ from moekit.systems.momentum_smoe import MOMENTUM_SMOE
 from moekit.systems.planned import PLANNED
 from moekit.systems.rectify_router import RECTIFY_ROUTER
 from moekit.systems.remoe import REMOE
+from moekit.systems.sparsity_constrained_ot import (
+    SPARSITY_CONSTRAINED_OT,
+    TRANSPORT_RELATIVES,
+)
 from moekit.systems.system import System
 from moekit.systems.temperature_gaussian_moe import TEMPERATURE_GAUSSIAN_MOE
 
@@ -21,7 +25,7 @@ DEFAULT_DESIGNS = ("dense", "topk", "adamoe", "moepp", "remoe")
 
 def baselines() -> tuple[System, ...]:
     """The plain designs, and those that belong to a system without being one of their own."""
-    return (*BASELINES, *COMET_RELATIVES)
+    return (*BASELINES, *COMET_RELATIVES, *TRANSPORT_RELATIVES)
 
 
 def systems() -> tuple[System, ...]:
@@ -35,6 +39,7 @@ def systems() -> tuple[System, ...]:
         MOMENTUM_SMOE,
         RECTIFY_ROUTER,
         COMET,
+        SPARSITY_CONSTRAINED_OT,
         *PLANNED,
     )
 

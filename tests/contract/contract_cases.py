@@ -7,6 +7,7 @@ as long as the line is missing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import pkgutil
@@ -62,6 +63,10 @@ EXPERTS = 6
 VOCABULARY = 11
 PREVIOUS = 3
 
+_solved_plan = functools.partial(
+    SparseTransport, combine="plan", solver="bfgs", iterations=200, tolerance=1e-14
+)
+
 ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
     "TopK": (
         TopK(k=2),
@@ -85,9 +90,10 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
     "DSelectK": (DSelectK(k=1, gamma=8.0), DSelectK(k=1, gamma=8.0, static=True)),
     "SparseTransport": (
         SparseTransport(capacity_factor=1.5, multiple_of=1),
-        SparseTransport(sparse="token", k=2, group_size=5),
-        SparseTransport(capacity_factor=4, combine="plan", solver="bfgs", iterations=200),
-        SparseTransport(sparse="token", k=5, combine="plan", solver="bfgs", iterations=200),
+        SparseTransport(sparse="token", k=2),
+        # Limits that leave no ties, where the plan has a gradient, and solved to the last bits.
+        _solved_plan(capacity_factor=EXPERTS),
+        _solved_plan(sparse="token", k=5),
     ),
     "Sinkhorn": (Sinkhorn(capacity_factor=1.5, multiple_of=1),),
     "Permuted": (
