@@ -50,6 +50,10 @@ class TransportProblem:
         score_JI = alpha_I[..., None, :] - self.cost_JI
         return score_JI.masked_fill((self.a_I == 0)[..., None, :], float("-inf"))
 
+    @property
+    def _live_I(self) -> Tensor:
+        return (self.a_I != 0).to(self.a_I.dtype)
+
     def plan(self, alpha_I: Tensor) -> Tensor:
         """The plan (J, I) that the semi-dual potentials stand for; its column sums are b.
 
@@ -64,7 +68,7 @@ class TransportProblem:
         Its value is the cost of the plan plus ``αᵀ(a - T1)``, its gradient ``a - T1`` (Danskin).
         """
         plan_JI = self.plan(alpha_I)
-        gap_I = self.a_I - plan_JI.sum(-2)
+        gap_I = _across(self.a_I - plan_JI.sum(-2), self._live_I)
         return self.primal(plan_JI) + (alpha_I * gap_I).sum(-1), gap_I
 
     def dual_plan(self, potentials: Tensor) -> Tensor:
@@ -79,6 +83,7 @@ class TransportProblem:
         """Value (...,) and gradient (..., I + J) of the dual."""
         plan_JI = self.dual_plan(potentials)
         gap = torch.cat([self.a_I - plan_JI.sum(-2), self.b_J - plan_JI.sum(-1)], dim=-1)
+        gap = _across(gap, torch.cat([self._live_I, -torch.ones_like(self.b_J)], dim=-1))
         return self.primal(plan_JI) + (potentials * gap).sum(-1), gap
 
     def primal(self, plan_JI: Tensor) -> Tensor:
@@ -90,6 +95,15 @@ class TransportProblem:
         rows, columns = self.a_I.shape[-1], self.b_J.shape[-1]
         alpha_I, beta_J = potentials.split([rows, columns], dim=-1)
         return alpha_I, beta_J
+
+
+def _across(gradient_D: Tensor, level_D: Tensor) -> Tensor:
+    """The gradient without its part along a direction in which the function does not change.
+
+    That is 0 but for the rounding of the totals of a and b, along which there is no maximum.
+    """
+    part = (gradient_D * level_D).sum(-1, keepdim=True)
+    return gradient_D - level_D * (part / level_D.square().sum(-1, keepdim=True))
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,10 @@ def _line_search(
         end = _dot(found.gradient_D, direction_D)
         # Below rounding the slopes tell what the values cannot (Hager and Zhang 2005).
         flat = (end >= (2 * RISE - 1) * slope) & (found.value >= floor)
-        risen = (found.value >= start.value + RISE * length * slope) | flat
+        higher = found.value >= start.value + RISE * length * slope
+        risen = higher | flat
         best, rose = found.where(open_ & risen, best), rose | (open_ & risen)
-        enough = risen & (end <= CURVATURE * slope)
+        enough = risen & ((end <= CURVATURE * slope) | ~higher)
         low = torch.where(open_ & risen, length, low)
         high = torch.where(open_ & ~risen, length, high)
         open_ = open_ & ~enough
