@@ -28,7 +28,7 @@ from moekit import (
     Zero,
 )
 from moekit.models.language import MoEDecoderConfig, MoEDecoderForCausalLM
-from moekit.routing import DenseWarmup
+from moekit.routing import DenseWarmup, SparseTransport
 
 Build = Callable[..., MoEDecoderForCausalLM]
 
@@ -55,8 +55,9 @@ LAYERS: dict[str, Any] = {
     "hash": MoESpec(Hash(k=2), BANK),
     "capacity": MoESpec(TopK(k=2), BANK, dispatch=Capacity(factor=0.75), losses=(SwitchBalance(),)),
     "expert_choice": MoESpec(ExpertChoice(capacity=2.0), BANK),
+    "transport": MoESpec(SparseTransport(capacity_factor=2.0), BANK),
 }
-CAUSAL = [name for name in LAYERS if name != "expert_choice"]
+CAUSAL = [name for name in LAYERS if name not in ("expert_choice", "transport")]
 VOCABULARY = 61
 
 
