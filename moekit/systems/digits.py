@@ -74,7 +74,7 @@ class DigitsClassifier(nn.Module):
     @property
     def layers(self) -> list[MoE]:
         """The MoE layer of each block, from the first to the last."""
-        return [block.mlp for block in self.blocks.layers]
+        return [part for part in self.blocks.modules() if isinstance(part, MoE)]
 
     def forward(self, images_NHW: Tensor) -> Tensor:
         """Logits (N, 10) of images (N, 8, 8)."""

@@ -91,9 +91,9 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
     "SparseTransport": (
         SparseTransport(capacity_factor=1.5, multiple_of=1),
         SparseTransport(sparse="token", k=2),
-        # Limits that leave no ties, where the plan has a gradient, and solved to the last bits.
+        # At these limits nothing ties, so that the plan is one and has a gradient.
         _solved_plan(capacity_factor=EXPERTS),
-        _solved_plan(sparse="token", k=5),
+        _solved_plan(sparse="token", k=EXPERTS),
     ),
     "Sinkhorn": (Sinkhorn(capacity_factor=1.5, multiple_of=1),),
     "Permuted": (
