@@ -68,8 +68,15 @@ class TransportProblem:
         Its value is the cost of the plan plus ``αᵀ(a - T1)``, its gradient ``a - T1`` (Danskin).
         """
         plan_JI = self.plan(alpha_I)
-        gap_I = _across(self.a_I - plan_JI.sum(-2), self._live_I)
+        gap_I = self._row_gap(plan_JI)
         return self.primal(plan_JI) + (alpha_I * gap_I).sum(-1), gap_I
+
+    def semidual_gradient(self, alpha_I: Tensor) -> Tensor:
+        """The gradient (..., I) of the semi-dual alone."""
+        return self._row_gap(self.plan(alpha_I))
+
+    def _row_gap(self, plan_JI: Tensor) -> Tensor:
+        return _across(self.a_I - plan_JI.sum(-2), self._live_I)
 
     def dual_plan(self, potentials: Tensor) -> Tensor:
         """The plan (J, I) of the dual potentials ``(α, β)``, given on end (..., I + J)."""
@@ -213,7 +220,8 @@ def maximise(
         start = torch.cat([start, torch.zeros_like(problem.b_J)], dim=-1)
     if solver == "bfgs":
         return bfgs_ascent(objective, start, iterations, 0.0 if tolerance is None else tolerance)
-    return adam_ascent(lambda x: objective(x)[1], start, iterations, learning_rate, tolerance)
+    gradient = problem.semidual_gradient if form == "semidual" else lambda x: problem.dual(x)[1]
+    return adam_ascent(gradient, start, iterations, learning_rate, tolerance)
 
 
 @torch.no_grad()
