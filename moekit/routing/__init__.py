@@ -43,9 +43,13 @@ from moekit.routing.sequences import (
     View,
 )
 from moekit.routing.similarity_aware import SimilarityAware, SimilarityAwareRouter
+from moekit.routing.sinkhorn import Sinkhorn, SinkhornRouter
+from moekit.routing.sparse_simplex import sparse_simplex_projection
+from moekit.routing.sparse_transport import SparseTransport, SparseTransportRouter
 from moekit.routing.temperature import DenseToSparse, DenseToSparseRouter
 from moekit.routing.token_graph import TokenGraph, TokenGraphRouter
 from moekit.routing.top_k import TopK, TopKRouter
+from moekit.routing.transport import SparseOTResult, solve_sparse_ot
 
 __all__ = [
     "ZERO_COMPUTATION",
@@ -105,7 +109,12 @@ __all__ = [
     "Signals",
     "SimilarityAware",
     "SimilarityAwareRouter",
+    "Sinkhorn",
+    "SinkhornRouter",
     "Site",
+    "SparseOTResult",
+    "SparseTransport",
+    "SparseTransportRouter",
     "SwitchBalance",
     "TokenGraph",
     "TokenGraphRouter",
@@ -113,4 +122,6 @@ __all__ = [
     "TopKRouter",
     "View",
     "all_reduce_loads",
+    "solve_sparse_ot",
+    "sparse_simplex_projection",
 ]

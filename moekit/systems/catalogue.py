@@ -15,6 +15,10 @@ from moekit.systems.momentum_smoe import MOMENTUM_SMOE
 from moekit.systems.planned import PLANNED
 from moekit.systems.rectify_router import RECTIFY_ROUTER
 from moekit.systems.remoe import REMOE
+from moekit.systems.sparsity_constrained_ot import (
+    SPARSITY_CONSTRAINED_OT,
+    TRANSPORT_RELATIVES,
+)
 from moekit.systems.system import System
 from moekit.systems.temperature_gaussian_moe import TEMPERATURE_GAUSSIAN_MOE
 
@@ -23,7 +27,13 @@ DEFAULT_DESIGNS = ("dense", "topk", "adamoe", "moepp", "remoe")
 
 def baselines() -> tuple[System, ...]:
     """The plain designs, and those that belong to a system without being one of their own."""
-    return (*BASELINES, *COMET_RELATIVES, *GRAPH_RELATIVES, *MEO_RELATIVES)
+    return (
+        *BASELINES,
+        *COMET_RELATIVES,
+        *GRAPH_RELATIVES,
+        *MEO_RELATIVES,
+        *TRANSPORT_RELATIVES,
+    )
 
 
 def systems() -> tuple[System, ...]:
@@ -39,6 +49,7 @@ def systems() -> tuple[System, ...]:
         COMET,
         GRAPH_OF_TOKENS,
         MEO,
+        SPARSITY_CONSTRAINED_OT,
         *PLANNED,
     )
 

@@ -24,7 +24,7 @@ from moekit.routing import (
     SwitchBalance,
     TopK,
 )
-from moekit.systems.momentum_smoe_digits import Digits
+from moekit.systems.digits import Digits
 from moekit.training import ProgressReporter
 
 EXPERTS, CHOSEN = 8, 4

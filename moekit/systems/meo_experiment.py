@@ -15,10 +15,10 @@ from typing import Any
 
 from moekit.compare.record import write_json
 from moekit.compare.summary import Spread
+from moekit.systems.digits import load_digits
 from moekit.systems.experiment import Finding, Laboratory, Reproduction, judged
 from moekit.systems.meo_cost import EXPERTS, Cost, Sizes, costs, slope
 from moekit.systems.meo_encoder import ARMS, Outcome, built, curve, trained
-from moekit.systems.momentum_smoe_digits import load_digits
 from moekit.training import SilentProgress
 
 KS = tuple(range(1, EXPERTS + 1))

@@ -131,12 +131,6 @@ PLANNED = (
         "upcycling, mimic and preference distillation",
     ),
     _planned(
-        "sparsity_constrained_ot",
-        "Transport-based routing with at most k tokens an expert",
-        "2209.15466",
-        "a transport router",
-    ),
-    _planned(
         "mocha",
         "MoCHA: four vision encoders, sparse connectors, grouped attention",
         "2507.22805",

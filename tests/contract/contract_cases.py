@@ -7,6 +7,7 @@ as long as the line is missing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import pkgutil
@@ -59,6 +60,8 @@ from moekit.routing import (
     Sequences,
     Signals,
     SimilarityAware,
+    Sinkhorn,
+    SparseTransport,
     SwitchBalance,
     TopK,
 )
@@ -68,6 +71,10 @@ WIDTH = 8
 EXPERTS = 6
 VOCABULARY = 11
 PREVIOUS = 3
+
+_solved_plan = functools.partial(
+    SparseTransport, combine="plan", solver="bfgs", iterations=200, tolerance=1e-14
+)
 
 ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
     "TopK": (
@@ -89,6 +96,14 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
     "GumbelSoftmax": (GumbelSoftmax(), GumbelSoftmax(temperature=0.5, hard=True, seed=3)),
     "Comet": (Comet(k=2, gamma=4.0), Comet(k=1, gamma=0.5, hard=True)),
     "DSelectK": (DSelectK(k=2, gamma=8.0), DSelectK(k=2, gamma=8.0, static=True)),
+    "SparseTransport": (
+        SparseTransport(capacity_factor=1.5, multiple_of=1),
+        SparseTransport(sparse="token", k=2),
+        # At these limits nothing ties, so that the plan is one and has a gradient.
+        _solved_plan(capacity_factor=EXPERTS),
+        _solved_plan(sparse="token", k=EXPERTS),
+    ),
+    "Sinkhorn": (Sinkhorn(capacity_factor=1.5, multiple_of=1),),
     "Permuted": (
         Permuted(TopK(k=2), steps=5),
         Permuted(Comet(k=2, gamma=4.0), schedule="paper", steps=5),

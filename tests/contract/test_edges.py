@@ -25,6 +25,8 @@ from moekit.routing import (
     ReLURouting,
     RouterSpec,
     Routing,
+    Sinkhorn,
+    SparseTransport,
     TopK,
 )
 
@@ -59,6 +61,8 @@ def test_no_token_and_one_token(case: Case, tokens: int) -> None:
         TopK(k=1, normalize="none", score="sigmoid"),
         Pathway(k=1),
         ExpertChoice(capacity=1.0),
+        SparseTransport(),
+        Sinkhorn(),
         Hash(k=1),
         ReLURouting(k=0.5),
         DenseToSparse(temperature=0.1),

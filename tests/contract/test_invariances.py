@@ -27,6 +27,8 @@ from moekit.routing import (
     ReLURouting,
     RouterSpec,
     RoutingLosses,
+    Sinkhorn,
+    SparseTransport,
     TopK,
 )
 
@@ -175,6 +177,8 @@ def test_capacity_by_slot_or_score_looks_at_later_tokens(priority: str) -> None:
         DenseWarmup(k=1, warmup_k=3),
         ReLURouting(k=2),
         ExpertChoice(capacity=1.5),
+        SparseTransport(capacity_factor=1.5),
+        Sinkhorn(noise=0.0),
         DenseToSparse(learned=True, activation="tanh", threshold=0.1),
         PerSequence(TopK(k=2)),
         PerChunk(ReLURouting(k=2), length=2),

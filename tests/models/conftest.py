@@ -30,7 +30,7 @@ from moekit import (
     Zero,
 )
 from moekit.models.language import MoEDecoderConfig, MoEDecoderForCausalLM
-from moekit.routing import DenseWarmup
+from moekit.routing import DenseWarmup, SparseTransport
 
 Build = Callable[..., MoEDecoderForCausalLM]
 
@@ -63,8 +63,9 @@ LAYERS: dict[str, Any] = {
         MoESpec(AttentionAware(Pathway(k=2), heads="posterior", sigma=4.0), BANK),
     ],
     "expert_choice": MoESpec(ExpertChoice(capacity=2.0), BANK),
+    "transport": MoESpec(SparseTransport(capacity_factor=2.0), BANK),
 }
-CAUSAL = [name for name in LAYERS if name != "expert_choice"]
+CAUSAL = [name for name in LAYERS if name not in ("expert_choice", "transport")]
 VOCABULARY = 61
 
 

@@ -12,11 +12,11 @@ from test_experiments import Nobody
 
 from moekit import Merged, MoESpec, PerChunk, PerTask, TokenAttention
 from moekit.systems import Laboratory, Shape, find, meo_encoder, meo_experiment
+from moekit.systems.digits import Digits, load_digits
 from moekit.systems.meo import meo, meo_chunk
 from moekit.systems.meo_cost import Cost, Sizes, costs, slope
 from moekit.systems.meo_encoder import ARMS, Projection, built, curve, trained
 from moekit.systems.meo_experiment import KS, Budget
-from moekit.systems.momentum_smoe_digits import Digits, load_digits
 from moekit.training import SilentProgress
 
 TINY = Budget(Sizes(8, 16, sequences=2, length=16), repeats=1, seeds=2, epochs=1, curve_epochs=1)

@@ -55,7 +55,7 @@ def test_contamination(seed):
 
 def test_patches_and_both_directions():
     """A pixel moves its own patch, and through attention the pooled output of all."""
-    model = digits.DigitsClassifier(HeavyBall(0.5), depth=2).eval()
+    model = digits.classifier(HeavyBall(0.5), depth=2).eval()
     image = torch.zeros(1, 8, 8)
     seen = []
     model.patch.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

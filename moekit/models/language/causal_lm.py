@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from moekit.errors import SpecError
@@ -23,6 +24,8 @@ from moekit.models.language.decoder import (
 )
 from moekit.models.language.output import MoECausalLMOutput, MoEDecoderOutput
 from moekit.routing import Load, LossSite, RoutingLosses
+
+logger = logging.get_logger(__name__)
 
 IGNORED = -100
 """Label of positions that are no target, as everywhere in transformers."""
@@ -64,6 +67,7 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type
         self.routing_losses = RoutingLosses(
             [LossSite(spec.losses, layer.router) for spec, layer in layers]
         )
+        _warn_if_not_causal(config)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @property
@@ -188,3 +192,11 @@ def _share(targets: Tensor, step_targets: Tensor | int | None) -> Tensor | float
     if step_targets is None:
         return 1.0
     return (targets != IGNORED).sum() / step_targets
+
+
+def _warn_if_not_causal(config: MoEDecoderConfig) -> None:
+    if not config.is_causal_routing:
+        logger.warning(
+            "A router of this model looks at later tokens: its loss on text is flattered, and "
+            "generation, which sees no later tokens, routes differently from training."
+        )

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -25,8 +24,6 @@ from moekit.models.language.config import MoEDecoderConfig
 from moekit.models.language.output import MoEDecoderOutput
 from moekit.models.language.routing_signals import AS_SDPA, is_readable, sequences_of
 from moekit.routing import Carry, Loss, Router, Signals
-
-logger = logging.get_logger(__name__)
 
 AttentionMask = Tensor | dict[str, Tensor | None] | None
 
@@ -111,7 +108,6 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MoEDecoderRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        _warn_if_not_causal(config)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @merge_with_config_defaults  # type: ignore[untyped-decorator]
@@ -259,11 +255,3 @@ def valid_tokens(attention_mask: AttentionMask, length: int) -> Tensor | None:
     if attention_mask is None or attention_mask.dim() != 2:
         return None
     return attention_mask[:, attention_mask.shape[1] - length :].bool()
-
-
-def _warn_if_not_causal(config: MoEDecoderConfig) -> None:
-    if not config.is_causal_routing:
-        logger.warning(
-            "A router of this model looks at later tokens: its loss on text is flattered, and "
-            "generation, which sees no later tokens, routes differently from training."
-        )
