@@ -9,9 +9,9 @@ import pytest
 from contract_cases import (
     CASES,
     DISPATCHES,
+    EXPERTS,
     FAMILIES,
     LOSSES,
-    MIXED,
     ROUTERS,
     Case,
     label,
@@ -21,6 +21,7 @@ from contract_cases import (
 
 from moekit.dispatch import Capacity, Rectified
 from moekit.errors import SpecError
+from moekit.experts import SwiGLU
 from moekit.layer import MoESpec
 from moekit.routing import LossSpec, TopK
 from moekit.spec import Spec
@@ -58,20 +59,27 @@ def test_a_layer_spec_survives_json(case) -> None:
 
 
 def test_the_only_refused_pairs() -> None:
-    """Capacity with a free number of experts; rectification with a bank that computes nothing."""
+    """A limit with a free number of experts; rectification of what is no plain top-k."""
     pairs = itertools.product(
         itertools.chain(*ROUTERS.values()), itertools.chain(*DISPATCHES.values())
     )
     for router, dispatch in pairs:
-        case = Case(router, MIXED, dispatch)
-        if not router.fixed_k and isinstance(dispatch, Capacity):
-            with pytest.raises(SpecError, match="use Dropless"):
-                _ = case.spec
-        elif isinstance(dispatch, Rectified):
-            with pytest.raises(SpecError, match=r"need no capacity|use TopK"):
-                _ = case.spec
-        else:
+        case = Case(router, SwiGLU(count=EXPERTS, hidden=8), dispatch)
+        said = None
+        if isinstance(dispatch, Capacity | Rectified) and not (router.fixed_k or router.settles):
+            said = "use Dropless" if isinstance(dispatch, Capacity) else "use TopK"
+        elif isinstance(dispatch, Rectified) and not isinstance(router, TopK):
+            said = "set fill_in=False" if router.settles and dispatch.fill_in else None
+            said = said if router.settles else "use TopK"
+        elif isinstance(dispatch, Rectified) and router.normalize == "none":
+            said = "set normalize to selected"
+        elif isinstance(dispatch, Rectified) and router.scale != 1:
+            said = "at their defaults"
+        if said is None:
             assert case.spec.router == router
+            continue
+        with pytest.raises(SpecError, match=said):
+            _ = case.spec
 
 
 @pytest.mark.parametrize("loss", list(itertools.chain(*LOSSES.values())), ids=label)
