@@ -36,9 +36,9 @@ def limit(routing: Routing, capacity: Sequence[int], priority: Priority = "slot"
 
     Args:
         priority: who stays when an expert overflows. ``slot``: first choices before second
-            choices, and earlier tokens first within a choice (GShard). ``position``: earlier
-            tokens first. ``score``: larger combine weights first. ``random``: a random order from
-            torch's default generator.
+            choices, and earlier tokens first within a choice (GShard); a router whose slots are in
+            no order chooses by weight. ``position``: earlier tokens first. ``score``: larger
+            combine weights first. ``random``: a random order from torch's default generator.
 
     Raises:
         SpecError: ``capacity`` has not one entry an expert.
@@ -57,7 +57,7 @@ def _order(routing: Routing, priority: Priority) -> Tensor:
     tokens, slots = routing.expert_NK.shape
     index_NK = torch.arange(tokens * slots, device=routing.expert_NK.device).view(tokens, slots)
     if priority == "slot":
-        return index_NK.T.flatten()
+        return index_NK.gather(1, routing.choices_NK()).T.flatten()
     if priority == "position":
         return index_NK.flatten()
     if priority == "random":

@@ -118,7 +118,8 @@ class DroplessDispatch(Dispatch):
 class Capacity(DispatchSpec):
     """Each expert runs at most its capacity of rows; assignments beyond it are dropped.
 
-    A token that loses all its assignments gets 0 from the layer and passes by its residual.
+    A token that loses all its assignments gets 0 from the layer and passes by its residual. For a
+    router that comes to k experts a token, such as COMET's trees, there is room for k at all times.
 
     Attributes:
         factor: capacity over the mean load, in training.
@@ -146,7 +147,7 @@ class Capacity(DispatchSpec):
 
     def check_layer(self, router: RouterSpec, kinds: tuple[str, ...]) -> None:
         self.require(
-            router.fixed_k,
+            router.fixed_k or router.settles,
             f"{type(router).__name__} decides itself how many experts run; use Dropless",
         )
 
@@ -172,7 +173,7 @@ class CapacityDispatch(Dispatch):
         Padding rows do not count, which reads the number of tokens back to the host.
         """
         tokens = routing.tokens if routing.valid_N is None else int(routing.valid_N.sum())
-        slots = routing.expert_NK.shape[1] if self.spec.count == "assignments" else 1
+        slots = routing.choices if self.spec.count == "assignments" else 1
         places = capacities(tokens, slots, experts.kinds, factor, self.spec.tau)
         return [min(count, routing.expert_NK.numel()) for count in places]
 

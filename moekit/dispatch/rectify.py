@@ -5,14 +5,17 @@ of MoE", arXiv 2402.12399. P devices hold E / P consecutive experts each, and ea
 at most C of its own tokens. Assignments beyond C are dropped; places that nobody asks for are
 padding. *Fill-in* offers empty places to the tokens' (k+1)-th choices. *Intra-device*
 rectification runs tokens that lost assignments on the best expert of their own device, which
-needs no communication and knows no capacity.
+needs no communication and knows no capacity. Experts that compute nothing stand on every device
+(MoE++): they are never full, belong to no device and repair nothing.
 
-Shape suffixes beside the usual ones: G groups (devices), and K here counts requests a token.
+Shape suffixes beside the usual ones: G groups (devices), L the experts of one device, and K here
+counts requests a token.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +40,9 @@ SMALLEST = 1e-30
 class Rectified(DispatchSpec):
     """Top-k under a capacity limit a device and expert, rectified (Rectify-Router).
 
+    For a router that comes to k experts a token, such as COMET's trees, there is room for k at all
+    times. It has no next choice, for experts that it has not chosen weigh 0: no ``fill_in``.
+
     The devices are emulated on one process: the tokens of a batch are split into ``groups`` runs
     of consecutive tokens, padding left out, as even as their number allows. What a token gets thus
     depends on the batch around it; fix batches and ``groups`` where results are compared. With
@@ -46,7 +52,8 @@ class Rectified(DispatchSpec):
     Attributes:
         factor: capacity c in training: an expert takes ``⌈c k S / E⌉`` of a group's S tokens.
         eval_factor: the same in evaluation; None for no limit there, and nothing to rectify.
-        groups: number P of devices; expert e lives on device ``e // (E / P)``.
+        groups: number P of devices; the e-th of E experts with matrix products lives on device
+            ``e // (E / P)``.
         fill_in: offer the places left empty by the first k choices to the (k+1)-th ones.
         intra_device: run unrouted tokens on the best expert of their own device.
         unrouted: whom ``intra_device`` serves: tokens that kept nothing (``all``), that lost any
@@ -91,29 +98,42 @@ class Rectified(DispatchSpec):
         )
 
     def check_layer(self, router: RouterSpec, kinds: tuple[str, ...]) -> None:
+        name, computed = type(router).__name__, sum(kind not in ZERO_COMPUTATION for kind in kinds)
         if isinstance(router, TokenGraph):  # which ends in a top-k choice by the averaged scores
             router = router.router
-        if not isinstance(router, TopK):
-            name = type(router).__name__
-            raise SpecError(f"Rectified: it repairs top-k routing, and {name} is not; use TopK")
+        if isinstance(router, TopK):
+            self._check_top_k(router, kinds)
+            self.check_sizes(router.k, computed)
+            return
         self.require(
-            not any(kind in ZERO_COMPUTATION for kind in kinds),
-            "experts that compute nothing need no capacity; use a bank of feed-forward experts",
+            router.settles and router.scores == "probabilities",
+            f"it repairs top-k routing, and {name} is not; use TopK",
         )
         self.require(
-            router.normalize != "none",
-            "the kept experts' weights are made to sum to 1, so normalize none makes no "
-            "difference; set normalize to selected",
+            not self.fill_in,
+            f"fill_in asks for a token's next choice, and {name} gives every expert that it does "
+            "not choose weight 0; set fill_in=False",
+        )
+        self.check_sizes(0, computed)
+
+    def _check_top_k(self, router: TopK, kinds: tuple[str, ...]) -> None:
+        unused = "none" if "zero" not in kinds else "nonzero"
+        self.require(
+            router.normalize not in ("none", unused),
+            f"the kept experts' weights are made to sum to 1, whatever they are, so normalize "
+            f"{router.normalize} makes no difference; set normalize to selected",
         )
         self.require(
             router.scale == 1 and router.bias_rate == 0 and router.groups == 1,
             "next choices and weights follow the probabilities alone; leave the router's scale, "
             "bias_rate and groups at their defaults",
         )
-        self.check_sizes(router.k, len(kinds))
 
     def check_sizes(self, k: int, experts: int) -> None:
-        """Refuse ``k`` choices over a number of experts that the groups or fill-in do not fit."""
+        """Refuse ``k`` choices over ``experts`` that the groups or fill-in do not fit.
+
+        Those that compute nothing do not count: they stand on every device and fill no place.
+        """
         self.require(
             experts % self.groups == 0,
             f"{experts} experts cannot be spread evenly over {self.groups} groups",
@@ -138,7 +158,9 @@ class RectifiedDispatch(Dispatch):
 
     def limited(self, routing: Routing, experts: Experts) -> Routing:
         spec = self.spec if self.training else self.in_evaluation
-        return routing if spec is None else rectify(routing, spec).routing
+        if spec is None:
+            return routing
+        return rectify(routing, spec, ranges=experts.dispatched_ranges).routing
 
     def plan(self, routing: Routing, experts: Experts) -> Plan:
         return plan_rows(routing, experts.dispatched_ranges, GroupedMM)
@@ -149,11 +171,11 @@ class Rectification:
     """A rectified routing and what became of the assignments; every count is an int64 ().
 
     Attributes:
-        routing: slots 0 to k - 1 hold the first k choices that were kept, each in its old slot;
-            with ``fill_in`` the next holds the (k+1)-th choice; with ``intra_device`` the last
-            holds the local expert, unless another slot holds it already and takes its weight too.
+        routing: the slots of the given routing hold what was kept, each in its old slot; with
+            ``fill_in`` the next holds the (k+1)-th choice; with ``intra_device`` the last holds
+            the local expert, unless another slot holds it already and takes its weight too.
         places: row places of all groups and experts together.
-        dropped: assignments among the first k choices that found no place.
+        dropped: assignments of the given routing that found no place.
         filled: places taken by (k+1)-th choices.
         padding: places that stayed empty.
         served: tokens that were given to an expert of their own group.
@@ -167,7 +189,12 @@ class Rectification:
     served: Tensor
 
 
-def rectify(routing: Routing, spec: Rectified, group_N: Tensor | None = None) -> Rectification:
+def rectify(
+    routing: Routing,
+    spec: Rectified,
+    group_N: Tensor | None = None,
+    ranges: Sequence[tuple[int, int]] | None = None,
+) -> Rectification:
     """Limit each group's assignments to each expert, and repair what that wastes.
 
     With K_t the kept requests of token t, ``D = Σ_{j in K_t} p_j`` and sg for stop-gradient, the
@@ -176,42 +203,63 @@ def rectify(routing: Routing, spec: Rectified, group_N: Tensor | None = None) ->
     ``p_i / sg(D + a q)`` and ``a q / sg(D + a q)`` (all arXiv 2402.12399, with its code).
 
     Args:
-        routing: a top-k routing, best choice first, with the probabilities (N, E) of all experts
-            as its scores. Rows without an expert are padding.
+        routing: a top-k routing, best choice first, or one with ``settled_k``, with the
+            probabilities (N, E) of all experts as its scores. Rows without an expert are padding.
         spec: what to do; its ``factor`` is the one that counts, in evaluation too.
         group_N: the group of each row, 0 to P - 1, where it is known: on a real device, its rank
             for every row. None for the even split that :class:`Rectified` describes.
+        ranges: the ranges ``[start, stop)`` of experts with matrix products; None for all.
 
     Raises:
-        SpecError: the routing has no probabilities, ``spec`` does not fit its sizes, or
+        SpecError: the routing has no probabilities, ``spec`` does not fit its sizes or kind, or
             ``group_N`` is not one integer a row.
     """
-    probability_NE = _probabilities(routing, spec)
+    id_E = _computed(routing, ranges)
+    probability_NE = _probabilities(routing, spec, len(id_E))
     valid_N = routing.used_NK.any(-1)
     group_N = _even_groups(valid_N, spec.groups) if group_N is None else _checked(group_N, routing)
-    request_NK = routing.expert_NK
+    request_NK, choice_NK = routing.expert_NK, routing.choices_NK()
+    given = request_NK.shape[1]
     if spec.fill_in:
-        next_N1 = _next_choice(request_NK, probability_NE).masked_fill(~valid_N[:, None], -1)
+        next_N1 = _next_choice(request_NK, probability_NE, id_E).masked_fill(~valid_N[:, None], -1)
         request_NK = torch.cat([request_NK, next_N1], dim=1)
-    k = routing.expert_NK.shape[1]
-    room_G = _room(valid_N, group_N, spec, k, routing.experts)
-    keep_NK = _placed(request_NK, probability_NE, group_N, room_G, spec.priority)
-    served_N = _unrouted(request_NK, keep_NK, k, spec) if spec.intra_device else None
+        choice_NK = torch.cat([choice_NK, torch.full_like(next_N1, given)], dim=1)
+    room_G = _room(valid_N, group_N, spec, routing.choices, routing.experts)
+    limited_NK = _any_of(request_NK, id_E, routing.experts)
+    order_R = _queue(request_NK, choice_NK, probability_NE.detach(), spec.priority)
+    fits_NK = _placed(request_NK, order_R, group_N, room_G, routing.experts)
+    keep_NK = (fits_NK | ~limited_NK) & (request_NK >= 0)
+    served_N = _unrouted(request_NK, keep_NK, given, spec) if spec.intra_device else None
+    local_GL = id_E.view(spec.groups, -1)
     expert_NK, weight_NK = _weighted(
-        request_NK, keep_NK, probability_NE, group_N, served_N, spec.groups
+        request_NK, keep_NK, probability_NE, served_N, local_GL[group_N]
     )
-    places = room_G.sum() * routing.experts
+    places = room_G.sum() * len(id_E)
     return Rectification(
         routing=routing.replace(expert_NK=expert_NK, weight_NK=weight_NK, full=False),
         places=places,
-        dropped=(routing.used_NK & ~keep_NK[:, :k]).sum(),
-        filled=keep_NK[:, k:].sum(),
-        padding=places - keep_NK.sum(),
+        dropped=(routing.used_NK & ~keep_NK[:, :given]).sum(),
+        filled=keep_NK[:, given:].sum(),
+        padding=places - (keep_NK & limited_NK).sum(),
         served=places.new_zeros(()) if served_N is None else served_N.sum(),
     )
 
 
-def _probabilities(routing: Routing, spec: Rectified) -> Tensor:
+def _computed(routing: Routing, ranges: Sequence[tuple[int, int]] | None) -> Tensor:
+    """Ids of the experts with matrix products."""
+    ranges = [(0, routing.experts)] if ranges is None else ranges
+    device = routing.expert_NK.device
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in ranges])
+
+
+def _any_of(request_NK: Tensor, id_E: Tensor, experts: int) -> Tensor:
+    """True where the request is for one of the experts ``id_E``."""
+    among_E = torch.zeros(experts, dtype=torch.bool, device=id_E.device)
+    among_E[id_E] = True
+    return among_E[request_NK.clamp_min(0)] & (request_NK >= 0)
+
+
+def _probabilities(routing: Routing, spec: Rectified, computed: int) -> Tensor:
     """The probabilities (N, E), kept from underflow."""
     scores_NE, wanted = routing.scores_NE, (routing.tokens, routing.experts)
     if scores_NE is None or tuple(scores_NE.shape) != wanted:
@@ -220,7 +268,12 @@ def _probabilities(routing: Routing, spec: Rectified) -> Tensor:
             f"rectification needs the probabilities of all experts, {wanted}, and the routing has "
             f"{given}; use a softmax top-k router"
         )
-    spec.check_sizes(routing.expert_NK.shape[1], routing.experts)
+    if spec.fill_in and routing.settled_k is not None:
+        raise SpecError(
+            "the routing has no next choices for fill_in: what it has not chosen has weight 0; "
+            "set fill_in=False"
+        )
+    spec.check_sizes(routing.choices, computed)
     return scores_NE.clamp_min(SMALLEST)
 
 
@@ -239,10 +292,10 @@ def _even_groups(valid_N: Tensor, groups: int) -> Tensor:
     return rank_N * groups // valid_N.sum().clamp_min(1)
 
 
-def _next_choice(expert_NK: Tensor, probability_NE: Tensor) -> Tensor:
-    """The most probable expert (N, 1) of each token that it has not chosen yet."""
+def _next_choice(expert_NK: Tensor, probability_NE: Tensor, id_E: Tensor) -> Tensor:
+    """The most probable of the experts ``id_E`` that each token has not chosen yet, (N, 1)."""
     rest_NE = probability_NE.detach().scatter(1, expert_NK.clamp_min(0), -1.0)
-    return rest_NE.argmax(-1, keepdim=True)
+    return id_E[rest_NE[:, id_E].argmax(-1, keepdim=True)]
 
 
 def _room(valid_N: Tensor, group_N: Tensor, spec: Rectified, k: int, experts: int) -> Tensor:
@@ -254,31 +307,29 @@ def _room(valid_N: Tensor, group_N: Tensor, spec: Rectified, k: int, experts: in
 
 
 def _placed(
-    request_NK: Tensor, probability_NE: Tensor, group_N: Tensor, room_G: Tensor, priority: str
+    request_NK: Tensor, order_R: Tensor, group_N: Tensor, room_G: Tensor, experts: int
 ) -> Tensor:
-    """Which requests get a place: all first choices are served before any second one."""
-    experts = probability_NE.shape[1]
+    """Which requests find a place with their own group's expert, if served in this order."""
     places = len(room_G) * experts
     place_NK = torch.where(request_NK >= 0, group_N[:, None] * experts + request_NK, places)
-    order_R = _queue(request_NK, probability_NE.detach(), priority)
     position_R = queue_positions(place_NK.flatten(), order_R, places + 1)
     room_P = torch.cat([room_G.repeat_interleave(experts), room_G.new_zeros(1)])
     return position_R.view_as(request_NK) < room_P[place_NK]
 
 
-def _queue(request_NK: Tensor, probability_NE: Tensor, priority: str) -> Tensor:
-    """The requests, flattened over (N, K), in the order in which they are served."""
+def _queue(request_NK: Tensor, choice_NK: Tensor, probability_NE: Tensor, priority: str) -> Tensor:
+    """The requests, flattened over (N, K), as they are served: all first choices come first."""
     tokens, slots = request_NK.shape
-    slot_K = torch.arange(slots, device=request_NK.device)
     if priority == "position":
-        token_NK = torch.arange(tokens, device=request_NK.device)[:, None].expand(tokens, slots)
-        return (token_NK * slots + slot_K).T.flatten()
+        token_N1 = torch.arange(tokens, device=request_NK.device)[:, None]
+        return (token_N1 * slots + choice_NK).T.flatten()
     if priority == "probability":
         urgency_NK = probability_NE.amax(-1, keepdim=True).expand(tokens, slots)
     else:
-        urgency_NK = probability_NE.gather(1, request_NK.clamp_min(0))
+        asked_NK = request_NK.gather(1, choice_NK)
+        urgency_NK = probability_NE.gather(1, asked_NK.clamp_min(0)).masked_fill(asked_NK < 0, -1.0)
     token_NK = urgency_NK.argsort(dim=0, descending=True, stable=True)
-    return (token_NK * slots + slot_K).T.flatten()
+    return (token_NK * slots + choice_NK.gather(0, token_NK)).T.flatten()
 
 
 def _unrouted(request_NK: Tensor, keep_NK: Tensor, k: int, spec: Rectified) -> Tensor:
@@ -297,17 +348,19 @@ def _weighted(
     request_NK: Tensor,
     keep_NK: Tensor,
     probability_NE: Tensor,
-    group_N: Tensor,
     served_N: Tensor | None,
-    groups: int,
+    local_NL: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Experts and weights of the kept requests and, if any token is served, a local slot more."""
+    """Experts and weights of the kept requests and, if any token is served, a local slot more.
+
+    ``local_NL`` holds the experts of each token's own group.
+    """
     share_NK = probability_NE.gather(1, request_NK.clamp_min(0)).masked_fill(~keep_NK, 0.0)
     expert_NK = request_NK.masked_fill(~keep_NK, -1)
     if served_N is None:
         return expert_NK, _normalised(share_NK, keep_NK, top_1=request_NK.shape[1] == 1)
     missing_N = ((request_NK >= 0) & ~keep_NK).sum(1)
-    q_N1, local_N1 = _best_local(probability_NE, group_N, groups)
+    q_N1, local_N1 = _best_local(probability_NE, local_NL)
     extra_N1 = (q_N1 * missing_N[:, None]).masked_fill(~served_N[:, None], 0.0)
     # A token that has its local expert already runs it once, with both weights.
     again_NK = (expert_NK == local_N1) & served_N[:, None]
@@ -322,12 +375,10 @@ def _weighted(
     return expert_NK, weight_NK
 
 
-def _best_local(probability_NE: Tensor, group_N: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _best_local(probability_NE: Tensor, local_NL: Tensor) -> tuple[Tensor, Tensor]:
     """Probability and id (N, 1) of the best expert of each token's own group."""
-    size = probability_NE.shape[1] // groups
-    id_NL = group_N[:, None] * size + torch.arange(size, device=group_N.device)
-    best_N1 = probability_NE.detach().gather(1, id_NL).argmax(-1, keepdim=True)
-    local_N1 = id_NL.gather(1, best_N1)
+    best_N1 = probability_NE.detach().gather(1, local_NL).argmax(-1, keepdim=True)
+    local_N1 = local_NL.gather(1, best_N1)
     return probability_NE.gather(1, local_N1), local_N1
 
 

@@ -107,7 +107,8 @@ class ConstantExperts(_DirectExperts):
 
     def direct(self, x_ND: Tensor, weight_NE: Tensor) -> Tensor:
         count = self.constant.shape[0]
-        mix_NE2 = (x_ND @ self.mix_proj.flatten(0, 1).T).unflatten(1, (count, 2)).softmax(-1)
-        share_NE2 = mix_NE2 * weight_NE.to(mix_NE2.dtype)[..., None]
-        kept_N1 = share_NE2[..., 0].sum(1, keepdim=True)
-        return kept_N1.to(x_ND.dtype) * x_ND + share_NE2[..., 1] @ self.constant
+        logits_NE2 = (x_ND @ self.mix_proj.flatten(0, 1).T).unflatten(1, (count, 2))
+        mix_NE2 = logits_NE2.softmax(-1, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+        share_NE2 = mix_NE2 * weight_NE[..., None]
+        kept_N1 = share_NE2[..., 0].sum(1, keepdim=True).to(x_ND.dtype)
+        return kept_N1 * x_ND + share_NE2[..., 1].to(x_ND.dtype) @ self.constant

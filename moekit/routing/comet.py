@@ -40,6 +40,7 @@ class Comet(RouterSpec):
     """
 
     fixed_k: ClassVar[bool] = False
+    settles: ClassVar[bool] = True
     k: int = 2
     gamma: float = 1.0
     entropy: float = 0.01
@@ -102,6 +103,7 @@ class CometRouter(Router):
             logits_NE=(score_NKE + (reach_NKE + LOGIT_FLOOR).log()).logsumexp(1),
             scores_NE=gate_NE,
             losses={"entropy": selection_entropy(reach_NKE, signals.valid_N)},
+            settled_k=self.spec.k,
         )
 
     def _left(self, x_ND: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class DSelectK(RouterSpec):
     """
 
     fixed_k: ClassVar[bool] = False
+    settles: ClassVar[bool] = True
     k: int = 2
     gamma: float = 1.0
     entropy: float = 0.01
@@ -112,6 +113,7 @@ class DSelectKRouter(Router):
             logits_NE=(gate_NE + LOGIT_FLOOR).log(),
             scores_NE=_normalised(gate_NE),
             losses=self._losses(select_NKE, signals.valid_N),
+            settled_k=self.spec.k,
         )
 
     def _weight(self, rows: int) -> nn.Parameter | None:

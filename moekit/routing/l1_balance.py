@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moekit.routing.losses import Batch, Loss, LossSpec
+from moekit.routing.permuted import Permuted
 from moekit.routing.router import RouterSpec, Site
 from moekit.routing.routing import Load
 
@@ -48,6 +49,11 @@ class L1Balance(LossSpec):
 
     def check_layer(self, router: RouterSpec, kinds: tuple[str, ...]) -> None:
         super().check_layer(router, kinds)
+        self.require(
+            not isinstance(router, Permuted),
+            "a permuted router runs every expert while it learns, and λ would rise without end; "
+            "leave the permutation or this loss out",
+        )
         k = getattr(router, "k", None)
         self.require(k == self.k, f"its k is {self.k} but the router's is {k}; make them equal")
         self.require(self.k < len(kinds), f"k is {self.k} but the bank has {len(kinds)} experts")

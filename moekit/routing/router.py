@@ -44,8 +44,10 @@ class RouterSpec(Spec):
     """Base of every router spec.
 
     ``causal`` tells whether a token's routing is independent of later tokens, ``fixed_k`` whether
-    every token takes the same number of experts, ``scores`` what ``Routing.scores_NE`` holds:
-    probabilities that sum to 1, free non-negative gates, or nothing.
+    every token takes the same number of experts, ``settles`` whether one whose number is free comes
+    to at most ``k`` of its own accord, so that a capacity limit knows for how many to make room,
+    and ``scores`` what ``Routing.scores_NE`` holds: probabilities that sum to 1, free non-negative
+    gates, or nothing.
 
     ``per_scope`` tells whether all rows of a scope (sequence, chunk, task) share one decision,
     ``bidirectional`` whether the router is for models that see whole sequences, so that a causal
@@ -56,6 +58,7 @@ class RouterSpec(Spec):
     abstract: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     fixed_k: ClassVar[bool] = True
+    settles: ClassVar[bool] = False
     scores: ClassVar[Literal["probabilities", "gates", "nothing"]] = "probabilities"
     per_scope: ClassVar[bool] = False
     bidirectional: ClassVar[bool] = False

@@ -108,6 +108,8 @@ class Routing:
         scopes: number of scopes that ``scope_N`` indexes.
         full: True when every slot of every row is known to be used without looking at the data,
             so that the number of dispatched rows needs no device sync.
+        settled_k: experts a token that the router comes to, where the slots are experts in no order
+            of preference; None where each slot is a choice and the best comes first.
     """
 
     expert_NK: Tensor
@@ -120,6 +122,7 @@ class Routing:
     scope_N: Tensor | None = None
     scopes: int | None = None
     full: bool = False
+    settled_k: int | None = None
 
     def __post_init__(self) -> None:
         if self.expert_NK.shape != self.weight_NK.shape or self.expert_NK.dim() != 2:
@@ -141,6 +144,18 @@ class Routing:
     def replace(self, **changes: object) -> Self:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    @property
+    def choices(self) -> int:
+        """Choices a token for which a capacity limit makes room."""
+        return self.expert_NK.shape[1] if self.settled_k is None else self.settled_k
+
+    def choices_NK(self) -> Tensor:
+        """The slots of each token from its first choice to its last, int64 (N, K)."""
+        if self.settled_k is not None:
+            return self.weight_NK.detach().argsort(dim=-1, descending=True, stable=True)
+        slot_K = torch.arange(self.expert_NK.shape[1], device=self.expert_NK.device)
+        return slot_K.expand_as(self.expert_NK)
 
     def keep(self, keep_NK: Tensor) -> Self:
         """The routing without the assignments where ``keep_NK`` is False."""

@@ -66,7 +66,7 @@ class Budget:
     search: int
 
 
-FULL, QUICK = Budget(seeds=16, steps=1500, search=500), Budget(seeds=2, steps=120, search=40)
+FULL, QUICK = Budget(seeds=16, steps=2500, search=800), Budget(seeds=2, steps=120, search=40)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from moekit.compare import StudyProgress
 from moekit.compare.record import write_json
+from moekit.compare.run import folder_name
 from moekit.errors import OutputError
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
@@ -101,7 +102,7 @@ class Laboratory:
             settings: all that decides the result, as JSON values.
             run: called if there is no such result; returns JSON values.
         """
-        path = self.output / f"{name.replace(' ', '-')}-seed{seed}.json"
+        path = self.output / f"{folder_name(name)}-seed{seed}.json"
         stored = _stored(path)
         if isinstance(stored, dict) and stored.get("settings") == settings:
             self.progress.found(name, seed)

@@ -1,7 +1,7 @@
 """GG MoE's gate as a layer: one wide network cut into narrow experts under Gumbel-softmax weights.
 
 Chernov: "(GG) MoE vs. MLP on Tabular Data", arXiv 2502.03608. The paper has one gate for a whole
-tabular network; its estimator is not part of this version.
+tabular network, as the experiment has; its estimator is not part of this version.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from moekit.compare import Design
 from moekit.experts import SwiGLU
 from moekit.layer import MoESpec
 from moekit.routing import GumbelSoftmax
+from moekit.systems.gg_moe_experiment import experiment
 from moekit.systems.system import Shape, System
 
 
@@ -29,6 +30,7 @@ GG_MOE = System(
     "(the layer; the tabular estimator is not built yet)",
     paper="Chernov, arXiv 2502.03608",
     parts="GumbelSoftmax over SwiGLU",
-    use="moekit compare --designs topk,gg_moe",
+    use="moekit compare --designs topk,gg_moe; moekit reproduce gg_moe",
     design=gg_moe,
+    experiment=experiment,
 )

@@ -46,11 +46,12 @@ def experiment(lab: Laboratory) -> Reproduction:
     spec = _text_study(lab)
     study = compare(spec, lab.output / "text", progress=lab.progress, device=lab.device)
     found = _text_measures(study, lab)
+    described = spec.describe().replace(spec.text.source, "pydoc_data.topics")
     for name, measures in _digits_measures(lab, spec.seeds).items():
         found[name] |= measures
     return Reproduction(
         system="momentum_smoe",
-        setting=f"{spec.describe()}; contamination replaces {SHARE:.1%} of the bytes by others, "
+        setting=f"{described}; contamination replaces {SHARE:.1%} of the bytes by others, "
         "and the loss is over the next bytes that are not replaced. Digits: 16 patches, 6 blocks "
         f"of width 32, {_epochs(lab)} epochs on 1200 images without a balance loss, 597 to test, "
         "noise in shares of the brightest pixel; ± is the standard error over seeds",
@@ -135,9 +136,13 @@ def _finding(found: Measures, measure: str, claim: str, rival: str, quick: bool)
     return Finding(
         claim=f"{rival} {claim}",
         measured=f"{measure.replace('_', ' ')} of {names[0]} minus that of {names[1]}: "
-        f"{gain.mean:+.4f}{interval}, paired by seed, {len(ours)} run",
+        f"{gain.mean:+.4f}{interval}, paired by seed, {_seeds(ours)}",
         verdict=_verdict(gain, quick),
     )
+
+
+def _seeds(values: Sequence[float]) -> str:
+    return "1 seed" if len(values) == 1 else f"{len(values)} seeds"
 
 
 def _verdict(gain: Spread, quick: bool) -> Verdict:

@@ -131,7 +131,13 @@ def test_later_tokens_do_not_matter(case: Case) -> None:
     x_ND = torch.where(keep[:, None], inputs.x_ND, changed.x_ND * 10)
     after = call(layer, inputs.with_x(x_ND))
     torch.testing.assert_close(after[:6], before[:6], rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(after[6:], before[6:]) or isinstance(case.router, Hash)
+    assert not torch.allclose(after[6:], before[6:]) or _looks_away(case)
+
+
+def _looks_away(case: Case) -> bool:
+    """Whether later rows may stay as they are: routed by id, or all beyond the same capacity."""
+    same_experts = getattr(case.router, "static", False) and not isinstance(case.dispatch, Dropless)
+    return isinstance(case.router, Hash) or same_experts
 
 
 def test_a_router_that_is_not_causal_says_so() -> None:

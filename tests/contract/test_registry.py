@@ -9,9 +9,9 @@ import pytest
 from contract_cases import (
     CASES,
     DISPATCHES,
+    EXPERTS,
     FAMILIES,
     LOSSES,
-    MIXED,
     ROUTERS,
     Case,
     label,
@@ -21,8 +21,9 @@ from contract_cases import (
 
 from moekit.dispatch import Capacity, Merged, Rectified
 from moekit.errors import SpecError
+from moekit.experts import SwiGLU
 from moekit.layer import MoESpec
-from moekit.routing import LossSpec, TopK
+from moekit.routing import LossSpec, TokenGraph, TopK
 from moekit.spec import Spec
 
 
@@ -58,7 +59,7 @@ def test_a_layer_spec_survives_json(case) -> None:
 
 
 def test_the_only_refused_pairs() -> None:
-    """Capacity with a free number of experts; rectification with a bank that computes nothing.
+    """A limit with a free number of experts; rectification of what is no plain top-k.
 
     And merging with a decision for every row.
     """
@@ -66,18 +67,25 @@ def test_the_only_refused_pairs() -> None:
         itertools.chain(*ROUTERS.values()), itertools.chain(*DISPATCHES.values())
     )
     for router, dispatch in pairs:
-        case = Case(router, MIXED, dispatch)
-        if not router.fixed_k and isinstance(dispatch, Capacity):
-            with pytest.raises(SpecError, match="use Dropless"):
-                _ = case.spec
-        elif isinstance(dispatch, Rectified):
-            with pytest.raises(SpecError, match=r"need no capacity|use TopK"):
-                _ = case.spec
+        case = Case(router, SwiGLU(count=EXPERTS, hidden=8), dispatch)
+        chosen = router.router if isinstance(router, TokenGraph) else router
+        said = None
+        if isinstance(dispatch, Capacity | Rectified) and not (router.fixed_k or router.settles):
+            said = "use Dropless" if isinstance(dispatch, Capacity) else "use TopK"
+        elif isinstance(dispatch, Rectified) and not isinstance(chosen, TopK):
+            said = "set fill_in=False" if router.settles and dispatch.fill_in else None
+            said = said if router.settles else "use TopK"
+        elif isinstance(dispatch, Rectified) and chosen.normalize == "none":
+            said = "set normalize to selected"
+        elif isinstance(dispatch, Rectified) and chosen.scale != 1:
+            said = "at their defaults"
         elif isinstance(dispatch, Merged) and not router.per_scope:
-            with pytest.raises(SpecError, match="decides row by row"):
-                _ = case.spec
-        else:
+            said = "decides row by row"
+        if said is None:
             assert case.spec.router == router
+            continue
+        with pytest.raises(SpecError, match=said):
+            _ = case.spec
 
 
 @pytest.mark.parametrize("loss", list(itertools.chain(*LOSSES.values())), ids=label)

@@ -24,15 +24,23 @@ def even_groups(tokens: int, groups: int) -> list[int]:
 
 
 def reference(
-    choices: list[list[int]], p: list[list[float]], spec: Rectified, group: list[int]
+    choices: list[list[int]],
+    p: list[list[float]],
+    spec: Rectified,
+    group: list[int],
+    k: int,
+    free: frozenset[int] = frozenset(),
 ) -> Reference:
-    """``choices[t]`` are the k first choices of token t, best first, and ``p[t]`` all of its p."""
+    """``choices[t]`` are the choices of token t, best first, and ``p[t]`` all of its p.
+
+    There is room for ``k`` a token. The experts ``free`` compute nothing.
+    """
     tokens, experts = len(choices), len(p[0])
-    k = len(choices[0])
+    computed = [e for e in range(experts) if e not in free]
     asked = [list(row) for row in choices]
     if spec.fill_in:
         for t in range(tokens):
-            rest = [e for e in range(experts) if e not in asked[t]]
+            rest = [e for e in computed if e not in asked[t]]
             asked[t].append(max(rest, key=lambda e: (p[t][e], -e)))
     room = {
         g: math.ceil(spec.factor * k * group.count(g) / experts - 1e-9) for g in range(spec.groups)
@@ -40,28 +48,30 @@ def reference(
     room = {g: min(c, group.count(g)) for g, c in room.items()}
     before: dict[tuple[int, int], int] = {}
     kept: list[list[int]] = [[] for _ in range(tokens)]
-    for r in range(len(asked[0])):
-        line = list(range(tokens))
+    for r in range(max(map(len, asked))):
+        line = [t for t in range(tokens) if r < len(asked[t])]
         if spec.priority == "probability":
             line.sort(key=lambda t: -max(p[t]))
         if spec.priority == "request":
             line.sort(key=lambda t: -p[t][asked[t][r]])
         for t in line:
             place = (group[t], asked[t][r])
-            if before.get(place, 0) < room[group[t]]:
+            if asked[t][r] in free or before.get(place, 0) < room[group[t]]:
                 kept[t].append(asked[t][r])
             before[place] = before.get(place, 0) + 1
     weight, served = [], []
     for t in range(tokens):
-        weights, repaired = _one_token(asked[t], kept[t], p[t], k, spec, group[t])
+        size = len(computed) // spec.groups
+        mine = computed[group[t] * size : (group[t] + 1) * size]
+        weights, repaired = _one_token(asked[t], kept[t], p[t], len(choices[t]), spec, mine)
         weight.append(weights)
         served.append(repaired)
     taken = {place: min(n, room[place[0]]) for place, n in before.items()}
-    return Reference(kept, weight, served, sum(room.values()) * experts, taken)
+    return Reference(kept, weight, served, sum(room.values()) * len(computed), taken)
 
 
 def _one_token(
-    asked: list[int], kept: list[int], p: list[float], k: int, spec: Rectified, group: int
+    asked: list[int], kept: list[int], p: list[float], k: int, spec: Rectified, mine: list[int]
 ) -> tuple[dict[int, float], bool]:
     total = sum(p[e] for e in kept)
     y = {e: p[e] / total for e in kept}  # the token's output, as a combination of experts
@@ -75,8 +85,6 @@ def _one_token(
     }[mode]
     if not (spec.intra_device and lost):
         return y, False
-    size = len(p) // spec.groups
-    mine = range(group * size, (group + 1) * size)
     local = max(mine, key=lambda e: (p[e], -e))
     a, q = len(asked) - len(kept), p[local]
     repaired = {e: total * w / (total + q * a) for e, w in y.items()}

@@ -13,7 +13,7 @@ from moekit.dispatch import Capacity, capacities, limit
 from moekit.errors import SpecError
 from moekit.experts import Bank, Constant, Copy, ExpertsSpec, SwiGLU, Zero
 from moekit.layer import MoESpec
-from moekit.routing import Pathway, Routing, Signals, TopK
+from moekit.routing import Comet, DSelectK, Pathway, Routing, Signals, TopK
 
 KINDS = ("feed_forward", "zero", "copy", "constant")
 
@@ -26,14 +26,20 @@ def routings(draw: st.DrawFn) -> Routing:
     expert_NK = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :slots]
     used_NK = torch.rand(tokens, slots, generator=generator) < draw(st.sampled_from([0.5, 1.0]))
     weight_NK = torch.rand(tokens, slots, generator=generator).masked_fill(~used_NK, 0.0)
-    return Routing(expert_NK.masked_fill(~used_NK, -1), weight_NK, experts)
+    settled_k = draw(st.sampled_from([None, 1, 2]))
+    routing = Routing(expert_NK.masked_fill(~used_NK, -1), weight_NK, experts)
+    return routing.replace(settled_k=settled_k)
 
 
 def slow_limit(routing: Routing, capacity: list[int], priority: str) -> set[tuple[int, int]]:
     """The (token, slot) pairs that keep their place, handed out one at a time."""
     tokens, slots = routing.expert_NK.shape
+    order = [list(range(slots)) for _ in range(tokens)]
+    if routing.settled_k is not None:  # slots in no order: the larger weight is the better choice
+        for n, row in enumerate(routing.weight_NK.tolist()):
+            order[n].sort(key=lambda k, row=row: -row[k])
     if priority == "slot":
-        queue = [(n, k) for k in range(slots) for n in range(tokens)]
+        queue = [(n, order[n][r]) for r in range(slots) for n in range(tokens)]
     else:
         queue = [(n, k) for n in range(tokens) for k in range(slots)]
     if priority == "score":
@@ -61,6 +67,27 @@ def test_equals_handing_out_places_one_at_a_time(
     assert torch.equal(kept.expert_NK[kept.used_NK], routing.expert_NK[kept.used_NK])
     assert torch.equal(kept.weight_NK, routing.weight_NK * kept.used_NK)
     assert not kept.full
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("router", [Comet, DSelectK])
+def test_a_gate_that_settles_has_room_for_its_k(router: type, pad: bool, k: int) -> None:
+    """``⌈1.25 · 24 k / 6⌉`` places, whether its trees are saturated (few experts) or not (all)."""
+    dispatch = Capacity(factor=1.25, eval_factor=1.25, pad=pad)
+    for gamma in (1e-6, 100.0):
+        spec = MoESpec(router(k=k, gamma=gamma), SwiGLU(count=6, hidden=8), dispatch)
+        layer = spec.build(8).double()
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
+        out = layer(torch.randn(24, 8, dtype=torch.float64))
+        load_E = out.routing.load_E()
+        places = -(-5 * 24 * k // (4 * 6))
+        kept_E = load_E.clamp_max(places)
+        assert torch.equal(out.rows_E, torch.full_like(kept_E, places) if pad else kept_E)
+        assert int(out.dropped) == int((load_E - kept_E).sum())
+        assert int(out.dropped) > 0 or gamma < 1
+        assert bool((out.routing.used_NK.sum(1) <= k).all()) == (gamma < 1)
 
 
 @given(routing=routings(), data=st.data(), seed=st.integers(0, 1000))

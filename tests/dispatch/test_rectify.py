@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,12 +14,16 @@ from torch import Tensor
 
 from moekit.dispatch import Capacity, Dropless, Rectification, Rectified, rectify
 from moekit.errors import SpecError
-from moekit.experts import Bank, Copy, SwiGLU
+from moekit.experts import Bank, Copy, SwiGLU, Zero
 from moekit.layer import MoE, MoESpec
 from moekit.routing import (
+    Comet,
+    DSelectK,
     ExpertChoice,
+    GumbelSoftmax,
     Hash,
     Pathway,
+    Permuted,
     ReLURouting,
     RouterSpec,
     Routing,
@@ -49,8 +54,23 @@ def probabilities(
     return logits.softmax(-1).to(dtype)
 
 
+@dataclass(frozen=True)
+class Given:
+    """Probabilities, choices, and which experts compute nothing."""
+
+    p_NE: Tensor
+    k: int
+    spec: Rectified
+    free: frozenset[int]
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The experts with matrix products, one by one."""
+        return [(e, e + 1) for e in range(self.p_NE.shape[1]) if e not in self.free]
+
+
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Tensor, int, Rectified]:
+def cases(draw: st.DrawFn) -> Given:
     groups = draw(st.integers(1, 4))
     experts = groups * draw(st.integers(1, 3))
     fill_in = experts > 1 and draw(st.booleans())
@@ -67,16 +87,20 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, int, Rectified]:
     k = draw(st.integers(1, min(3, experts - fill_in)))
     kind = draw(st.sampled_from(["random", "tied", "one expert", "flat"]))
     tokens, seed = draw(st.integers(1, 17)), draw(st.integers(0, 2**31))
-    return probabilities(tokens, experts, seed, kind), k, spec
+    cheap = draw(st.integers(0, 2))
+    ids = st.integers(0, experts + cheap - 1)
+    free = frozenset(draw(st.sets(ids, min_size=cheap, max_size=cheap)))
+    return Given(probabilities(tokens, experts + cheap, seed, kind), k, spec, free)
 
 
 @given(case=cases())
-def test_equals_a_loop_over_tokens(case: tuple[Tensor, int, Rectified]) -> None:
-    p_NE, k, spec = case
+def test_equals_a_loop_over_tokens(case: Given) -> None:
+    p_NE, k, spec = case.p_NE, case.k, case.spec
     routing = routing_of(p_NE, k)
-    done = rectify(routing, spec)
+    done = rectify(routing, spec, ranges=case.ranges)
     group = even_groups(len(p_NE), spec.groups)
-    wanted = reference(routing.expert_NK.tolist(), p_NE.tolist(), spec, group)
+    choices = routing.expert_NK.tolist()
+    wanted = reference(choices, p_NE.tolist(), spec, group, k, case.free)
     requests = k + spec.fill_in
     found = [[e for e in row if e >= 0] for row in done.routing.expert_NK[:, :requests].tolist()]
     assert found == wanted.kept
@@ -92,10 +116,40 @@ def test_equals_a_loop_over_tokens(case: tuple[Tensor, int, Rectified]) -> None:
         e in row for t, row in enumerate(wanted.kept) for e in routing.expert_NK[t].tolist()
     )
     assert int(done.places) == wanted.places
-    assert int(done.padding) == wanted.places - kept
+    cheap = sum(e in case.free for row in wanted.kept for e in row)
+    assert int(done.padding) == wanted.places - (kept - cheap)
     assert int(done.dropped) == len(p_NE) * k - first
     assert int(done.filled) == kept - first
     assert int(done.served) == sum(wanted.served)
+
+
+@given(case=cases(), zeros=st.floats(0.0, 0.9))
+def test_slots_in_no_order_are_taken_by_weight(case: Given, zeros: float) -> None:
+    """As a tree gate has them: an expert a slot, unused where its weight is 0."""
+    spec = case.spec.replace(fill_in=False, unrouted="auto")
+    gate_NE = case.p_NE.masked_fill(torch.rand(case.p_NE.shape) < zeros, 0.0)
+    gate_NE[:, 0] += 1e-3 * (gate_NE.sum(1) == 0)
+    gate_NE = gate_NE / gate_NE.sum(1, keepdim=True)
+    slots_NE = torch.where(gate_NE > 0, torch.arange(gate_NE.shape[1]), -1)
+    routing = Routing(slots_NE, gate_NE, gate_NE.shape[1], scores_NE=gate_NE, settled_k=case.k)
+    done = rectify(routing, spec, ranges=case.ranges)
+    order_NE = gate_NE.sort(dim=-1, descending=True, stable=True).indices.tolist()
+    choices = [[e for e in row if gate_NE[t, e] > 0] for t, row in enumerate(order_NE)]
+    p = gate_NE.clamp_min(1e-30).tolist()
+    group = even_groups(len(p), spec.groups)
+    wanted = reference(choices, p, spec, group, case.k, case.free)
+    slots = gate_NE.shape[1]
+    for t, row in enumerate(done.routing.expert_NK[:, :slots].tolist()):
+        assert all(found in (e, -1) for e, found in enumerate(row))  # each in its own slot
+        assert sorted(e for e in row if e >= 0) == sorted(wanted.kept[t])
+    dense_NE = torch.zeros_like(gate_NE)
+    for t, weights in enumerate(wanted.weight):
+        for e, weight in weights.items():
+            dense_NE[t, e] = weight
+    torch.testing.assert_close(done.routing.dense_weight_NE(), dense_NE, rtol=1e-12, atol=1e-12)
+    assert int(done.dropped) == sum(map(len, choices)) - sum(map(len, wanted.kept))
+    assert int(done.served) == sum(wanted.served)
+    assert int(done.places) == wanted.places
 
 
 def load_GE(routing: Routing, requests: int, spec: Rectified) -> Tensor:
@@ -205,21 +259,22 @@ def test_capacity_is_that_of_each_group() -> None:
 
 
 @given(case=cases())
-def test_gradients_are_those_of_the_formula(case: tuple[Tensor, int, Rectified]) -> None:
+def test_gradients_are_those_of_the_formula(case: Given) -> None:
     """``∂w_i/∂p_i = 1 / D`` and so on, entry by entry of a dense Jacobian."""
-    p_NE, k, spec = case
+    p_NE, k, spec = case.p_NE, case.k, case.spec
     cotangent_NE = torch.randn(p_NE.shape, dtype=torch.float64)
     p_NE = p_NE.clone().requires_grad_()
-    done = rectify(routing_of(p_NE, k), spec)
+    done = rectify(routing_of(p_NE, k), spec, ranges=case.ranges)
     (found_NE,) = torch.autograd.grad((done.routing.dense_weight_NE() * cotangent_NE).sum(), p_NE)
     group = even_groups(len(p_NE), spec.groups)
     choices = routing_of(p_NE, k).expert_NK.tolist()
     plain = p_NE.detach().tolist()
-    loop = reference(choices, plain, spec, group)
+    loop = reference(choices, plain, spec, group, k, case.free)
+    computed = [e for e in range(p_NE.shape[1]) if e not in case.free]
     wanted_NE = torch.zeros_like(found_NE)
     for t, kept in enumerate(loop.kept):
-        size = p_NE.shape[1] // spec.groups
-        mine = range(group[t] * size, (group[t] + 1) * size)
+        size = len(computed) // spec.groups
+        mine = computed[group[t] * size : (group[t] + 1) * size]
         local = max(mine, key=lambda e: (plain[t][e], -e))
         missing = k + spec.fill_in - len(kept) if loop.served[t] else 0
         scale = sum(plain[t][e] for e in kept) + missing * plain[t][local]
@@ -353,6 +408,11 @@ def test_bad_fields(fields: dict[str, Any], said: str) -> None:
     ("router", "dispatch", "said"),
     [
         (ReLURouting(k=2), Rectified(), "ReLURouting is not; use TopK"),
+        (Permuted(TopK(k=2)), Rectified(), "Permuted is not; use TopK"),
+        (GumbelSoftmax(), Rectified(), "GumbelSoftmax is not; use TopK"),
+        (Comet(k=2), Rectified(), "Comet gives every expert that it does not choose weight 0"),
+        (DSelectK(k=2), Rectified(), "set fill_in=False"),
+        (Comet(k=2), Rectified(groups=3, fill_in=False), "spread evenly over 3 groups"),
         (ExpertChoice(), Rectified(), "ExpertChoice is not"),
         (Hash(k=2), Rectified(), "Hash is not"),
         (TopK(k=2), Rectified(groups=3), "8 experts cannot be spread evenly over 3 groups"),
@@ -369,15 +429,39 @@ def test_layers_that_make_no_sense(router: RouterSpec, dispatch: Rectified, said
         MoESpec(router, SwiGLU(count=8, hidden=8), dispatch)
 
 
-def test_zero_computation_experts_are_refused() -> None:
-    with pytest.raises(SpecError, match="compute nothing need no capacity"):
-        MoESpec(TopK(k=2), Bank((SwiGLU(count=7, hidden=8), Copy(1))), Rectified())
+def test_experts_that_compute_nothing_are_on_every_device() -> None:
+    """Never full, never a repair, and in no device's share of the bank."""
+    bank = Bank((Copy(1), SwiGLU(count=8, hidden=8), Zero(1)))
+    for groups, said in ((5, "8 experts cannot be spread evenly over 5"), (10, "over 10 groups")):
+        with pytest.raises(SpecError, match=said):
+            MoESpec(TopK(k=2), bank, Rectified(groups=groups))
+    with pytest.raises(SpecError, match="asks for choice 9 of a token, but there are 8 experts"):
+        MoESpec(TopK(k=8), bank, Rectified())
+    with pytest.raises(SpecError, match="normalize nonzero makes no difference"):
+        MoESpec(Pathway(k=2), bank, Rectified())
+    layer = MoESpec(TopK(k=2), bank, Rectified(factor=0.5, groups=4)).build(8).double()
+    x_ND = torch.randn(64, 8, dtype=torch.float64)
+    before = layer.router(x_ND)
+    after = layer.dispatch.limited(before, layer.experts)
+    cheap_NK = (before.expert_NK == 0) | (before.expert_NK == 9)
+    assert bool(cheap_NK.any())
+    assert torch.equal(after.expert_NK[:, :2][cheap_NK], before.expert_NK[cheap_NK])
+    extra_NK = after.expert_NK[:, 2:]
+    assert not bool(((extra_NK == 0) | (extra_NK == 9)).any())
+    local_N, group_N = extra_NK[:, -1], torch.tensor(even_groups(64, 4))
+    assert bool((local_N >= 0).any())
+    assert bool(((local_N - 1) // 2 == group_N)[local_N >= 0].all())
+
+
+def test_banks_and_routers_that_fit() -> None:
     assert MoESpec(Pathway(k=2), SwiGLU(count=8, hidden=8), Rectified(groups=4))
     assert MoESpec(TopK(k=8), SwiGLU(count=8, hidden=8), Rectified(fill_in=False))
 
 
 def test_bad_calls() -> None:
     routing = routing_of(probabilities(12, 6, 0), 2)
+    with pytest.raises(SpecError, match="no next choices for fill_in"):
+        rectify(routing.replace(settled_k=2), Rectified())
     with pytest.raises(SpecError, match="the routing has none; use a softmax top-k router"):
         rectify(routing.replace(scores_NE=None), Rectified())
     with pytest.raises(SpecError, match=r"scores of shape \(12, 5\)"):

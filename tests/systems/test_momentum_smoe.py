@@ -134,6 +134,8 @@ def test_a_tiny_experiment(tmp_path):
     assert len({row["validation_loss"] for row in result.table}) == 4
     assert len(result.findings) == 8
     assert {finding.verdict for finding in result.findings} == {"inconclusive"}
+    assert "text pydoc_data.topics, " in result.setting
+    assert experiment.TEXT.source not in result.setting
     json.dumps(result.to_dict(), allow_nan=False)
     assert run(laboratory) == result  # finished runs are not run again
 
