@@ -5,7 +5,17 @@ The parts of a layer are importable from here; models, training and data from th
 
 from moekit.dispatch import Capacity, Dropless, Rectified
 from moekit.errors import MoekitError
-from moekit.experts import GEGLU, GELU, Bank, Constant, Copy, ReLU, SwiGLU, Zero
+from moekit.experts import (
+    GEGLU,
+    GELU,
+    AttentionHeads,
+    Bank,
+    Constant,
+    Copy,
+    ReLU,
+    SwiGLU,
+    Zero,
+)
 from moekit.layer import MoE, MoEOutput, MoESpec
 from moekit.residual import AdamFirst, AdamMomentum, HeavyBall, Plain, RobustMomentum
 from moekit.routing import (
@@ -34,6 +44,7 @@ __all__ = [
     "GELU",
     "AdamFirst",
     "AdamMomentum",
+    "AttentionHeads",
     "Bank",
     "Capacity",
     "Carry",

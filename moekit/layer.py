@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moekit.dispatch.dispatch import Dispatch, DispatchSpec, Dropless
+from moekit.dispatch.dispatch import Between, Dispatch, DispatchSpec, Dropless
 from moekit.errors import SpecError
 from moekit.experts.experts import Experts, ExpertsSpec
 from moekit.experts.feed_forward import FeedForwardSpec
@@ -157,20 +157,26 @@ class MoE(nn.Module):
         self.shared_gate = shared_gate
 
     def forward(
-        self, x: Tensor, signals: Signals | None = None, carry: Carry | None = None
+        self,
+        x: Tensor,
+        signals: Signals | None = None,
+        carry: Carry | None = None,
+        between: Between | None = None,
     ) -> MoEOutput:
         """Route and compute the rows of ``x`` (..., D).
 
         Args:
             signals: what the router may look at, one entry a row of the flattened ``x``.
             carry: what the layer below handed over.
+            between: what to do between the map and the reduce of a bank that has them.
         """
         carry = Carry() if carry is None else carry
         signals = Signals() if signals is None else signals
         signals = signals.replace(previous_logits_NE=carry.logits_NE, experts=self.experts)
         x_ND = x.flatten(0, -2)
         routing = self.router(x_ND, signals)
-        done = self.dispatch(x_ND, routing, self.experts)
+        around = () if between is None else (between,)
+        done = self.dispatch(x_ND, routing, self.experts, *around)
         y_ND = done.y_ND if self.shared is None else done.y_ND + self._shared(x_ND)
         return MoEOutput(
             y=y_ND.view(*x.shape[:-1], y_ND.shape[-1]),

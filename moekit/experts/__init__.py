@@ -1,5 +1,10 @@
 """What is computed: banks of experts run over rows sorted by expert."""
 
+from moekit.experts.attention_heads import (
+    AttentionHeads,
+    AttentionHeadsExperts,
+    attention_heads,
+)
 from moekit.experts.experts import Bank, Experts, ExpertsBank, ExpertsSpec
 from moekit.experts.feed_forward import (
     GEGLU,
@@ -22,6 +27,8 @@ from moekit.experts.zero_computation import (
 __all__ = [
     "GEGLU",
     "GELU",
+    "AttentionHeads",
+    "AttentionHeadsExperts",
     "Bank",
     "Constant",
     "ConstantExperts",
@@ -39,5 +46,6 @@ __all__ = [
     "SwiGLU",
     "Zero",
     "ZeroExperts",
+    "attention_heads",
     "fits_grouped_mm",
 ]
