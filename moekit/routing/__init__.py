@@ -17,6 +17,8 @@ from moekit.routing.losses import (
     RouterZ,
     SwitchBalance,
 )
+from moekit.routing.module_routing import ModuleRouter, ModuleRouting
+from moekit.routing.mutual_information import MutualInformation
 from moekit.routing.pathway import Pathway, PathwayRouter
 from moekit.routing.permuted import Permuted, PermutedRouter
 from moekit.routing.relu import ReLURouter, ReLURouting
@@ -52,6 +54,9 @@ __all__ = [
     "Loss",
     "LossSite",
     "LossSpec",
+    "ModuleRouter",
+    "ModuleRouting",
+    "MutualInformation",
     "NullAwareBalance",
     "Pathway",
     "PathwayRouter",
