@@ -11,11 +11,10 @@ from moekit.compare.model import ModelSpec
 from moekit.dispatch import Capacity
 from moekit.experts import Bank, ExpertsSpec, FeedForwardSpec, attention_heads
 from moekit.layer import MoESpec
-from moekit.models.language import BlockSpec
+from moekit.models.language.config import BlockSpec, LayerSpec
 from moekit.routing import Site
 from moekit.routing.router import ZERO_COMPUTATION
 
-LayerSpec = MoESpec | FeedForwardSpec
 E = TypeVar("E", bound=ExpertsSpec)
 
 

@@ -13,11 +13,10 @@ from moekit.compare.model import ModelSpec
 from moekit.errors import SpecError
 from moekit.experts import Bank, ExpertsSpec, FeedForwardSpec, attention_heads
 from moekit.layer import MoESpec
-from moekit.models.language import BlockSpec, MoEDecoderConfig
+from moekit.models.language.config import BlockSpec, LayerSpec, MoEDecoderConfig
 from moekit.residual import check_stack
 from moekit.spec import Spec
 
-LayerSpec = MoESpec | FeedForwardSpec
 Cost = Callable[["Design"], float]
 E = TypeVar("E", bound=ExpertsSpec)
 S = TypeVar("S")

@@ -8,6 +8,7 @@ from moekit.systems.adamoe import ADAMOE
 from moekit.systems.baselines import BASELINES
 from moekit.systems.comet import COMET, COMET_RELATIVES
 from moekit.systems.gg_moe import GG_MOE
+from moekit.systems.moduleformer import MODULEFORMER
 from moekit.systems.moepp import MOEPP
 from moekit.systems.momentum_smoe import MOMENTUM_SMOE
 from moekit.systems.planned import PLANNED
@@ -35,6 +36,7 @@ def systems() -> tuple[System, ...]:
         MOMENTUM_SMOE,
         RECTIFY_ROUTER,
         COMET,
+        MODULEFORMER,
         *PLANNED,
     )
 
