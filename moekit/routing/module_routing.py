@@ -107,7 +107,7 @@ class ModuleRouter(Router):
         self.reset_parameters()
 
     @property
-    def blocks(self) -> list[tuple[nn.Parameter, nn.Parameter | None]]:
+    def blocks(self) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias of each block of modules that can be chosen, the original first."""
         names = [name for name, _ in self._later_blocks() if name != REMOVED]
         return [(self.weight, None), *(self._block(name) for name in names)]
@@ -149,7 +149,7 @@ class ModuleRouter(Router):
         return F.dropout(F.gelu(hidden_NH), self.spec.dropout, self.training)
 
     def _logits(
-        self, hidden_NH: Tensor, blocks: list[tuple[nn.Parameter, nn.Parameter | None]]
+        self, hidden_NH: Tensor, blocks: list[tuple[Tensor, Tensor | None]]
     ) -> Tensor:
         parts = [self._block_logits(hidden_NH, weight, bias) for weight, bias in blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -175,5 +175,6 @@ class ModuleRouter(Router):
         added = [(f"added_{index}_", size) for index, size in enumerate(self.spec.added)]
         return added + ([(REMOVED, self.spec.removed)] if self.spec.removed else [])
 
-    def _block(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        return self.get_parameter(f"{name}weight"), self.get_parameter(f"{name}bias")
+    def _block(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias; no Parameters under ``functional_call``."""
+        return getattr(self, f"{name}weight"), getattr(self, f"{name}bias")

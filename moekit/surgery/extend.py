@@ -87,7 +87,7 @@ def _added(spec: MoESpec) -> bool:
     return isinstance(spec.router, ModuleRouting) and bool(spec.router.added)
 
 
-def _new_parameters(layer: MoE, whole_router: bool) -> list[nn.Parameter]:
+def _new_parameters(layer: MoE, whole_router: bool) -> list[Tensor]:
     router, bank = layer.router, layer.experts
     assert isinstance(router, ModuleRouter)
     assert isinstance(bank, ExpertsBank)

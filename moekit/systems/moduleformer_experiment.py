@@ -107,7 +107,8 @@ def experiment(lab: Laboratory) -> Reproduction:
         setting=f"bytes, {MODEL.depth} blocks of width {MODEL.width}, 8 attention and 16 "
         f"feed-forward modules, {K} of each a token; {budget.steps} steps of 8 x {LENGTH} bytes on "
         f"the manual of the standard library, then {budget.tuning} on its modules' source; balance "
-        f"losses weigh 0.01, load concentration 0.1; seeds {', '.join(map(str, numbers))}; bits a byte on held-out text",
+        f"losses weigh 0.01, load concentration 0.1; seeds {', '.join(map(str, numbers))}; bits a "
+        "byte on held-out text",
         table=[*_balance_rows(seeds), *_move_rows(seeds), *_cut_rows(seeds), *_speed_rows(speeds)],
         findings=(
             _confident_and_balanced(seeds, lab.quick),

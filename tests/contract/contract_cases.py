@@ -21,6 +21,7 @@ from moekit.errors import SpecError
 from moekit.experts import (
     GEGLU,
     GELU,
+    AttentionHeads,
     Bank,
     Constant,
     Copy,
@@ -43,6 +44,8 @@ from moekit.routing import (
     HeterogeneousBalance,
     L1Balance,
     LossSpec,
+    ModuleRouting,
+    MutualInformation,
     NullAwareBalance,
     Pathway,
     Permuted,
@@ -81,6 +84,12 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
     "Comet": (Comet(k=2, gamma=8.0), Comet(k=1, gamma=0.5, hard=True)),
     # One selector: the gradient of the shares of two cancels to below bfloat16's rounding.
     "DSelectK": (DSelectK(k=1, gamma=8.0), DSelectK(k=1, gamma=8.0, static=True)),
+    "ModuleRouting": (
+        ModuleRouting(k=2, hidden=8),
+        ModuleRouting(k=3, hidden=8, dropout=0.1, sampled=1, added=(2, 1), removed=2),
+        ModuleRouting(k=1, gate="cosine", hidden=8, added=(1,)),
+        ModuleRouting(k=2, gate="linear", removed=1),
+    ),
     "Permuted": (
         Permuted(TopK(k=2), steps=5),
         Permuted(Comet(k=2, gamma=4.0), schedule="paper", steps=5),
@@ -96,6 +105,10 @@ BANKS: dict[str, tuple[ExpertsSpec, ...]] = {
     "Bank": (
         MIXED,
         Bank((Zero(1), SwiGLU(count=2, hidden=8), Constant(2), GELU(count=1, hidden=4, bias=True))),
+    ),
+    "AttentionHeads": (
+        AttentionHeads(count=EXPERTS, heads=2, inner=8),
+        Bank((AttentionHeads(2), Copy(1), AttentionHeads(3))),
     ),
     "Zero": (Bank((SwiGLU(count=4, hidden=8), Zero(2))),),
     "Copy": (Bank((Copy(2), ReLU(count=4, hidden=8))),),
@@ -123,6 +136,7 @@ LOSSES: dict[str, tuple[LossSpec, ...]] = {
     "HeterogeneousBalance": (HeterogeneousBalance(tau=0.5),),
     "RouterZ": (RouterZ(), RouterZ(scope="global")),
     "Entropy": (Entropy(of="token"), Entropy(of="marginal")),
+    "MutualInformation": (MutualInformation(), MutualInformation(scope="global")),
     "L1Balance": (L1Balance(k=2), L1Balance(k=2, balanced=False)),
 }
 

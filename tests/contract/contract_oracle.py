@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moekit.experts import (
+    AttentionHeadsExperts,
     ConstantExperts,
     CopyExperts,
     Experts,
@@ -29,6 +30,9 @@ def every_expert(bank: Experts, x_ND: Tensor) -> list[Tensor]:
         return [y for part in bank.parts for y in every_expert(part, x_ND)]  # type: ignore[arg-type]
     if isinstance(bank, FeedForwardExperts):
         return [_feed_forward(bank, e, x_ND) for e in range(len(bank.kinds))]
+    if isinstance(bank, AttentionHeadsExperts):  # without attention: two linear maps
+        maps = zip(bank.query_proj.double(), bank.output_proj.double(), strict=True)
+        return [x_ND @ query.T @ output.T for query, output in maps]
     if isinstance(bank, ConstantExperts):
         return [_constant(bank, e, x_ND) for e in range(len(bank.kinds))]
     if isinstance(bank, CopyExperts):
