@@ -148,9 +148,7 @@ class ModuleRouter(Router):
             return F.normalize(hidden_NH, dim=-1)
         return F.dropout(F.gelu(hidden_NH), self.spec.dropout, self.training)
 
-    def _logits(
-        self, hidden_NH: Tensor, blocks: list[tuple[Tensor, Tensor | None]]
-    ) -> Tensor:
+    def _logits(self, hidden_NH: Tensor, blocks: list[tuple[Tensor, Tensor | None]]) -> Tensor:
         parts = [self._block_logits(hidden_NH, weight, bias) for weight, bias in blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

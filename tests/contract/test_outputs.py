@@ -29,8 +29,8 @@ def gradient_tolerance(leaf: str, gradient: Tensor) -> float:
     """The tolerance of a leaf's gradient.
 
     That of a router sums terms of both signs over tokens and experts, each rounded with its
-    expert's bfloat16 output, and can be small beside them: measured over eight seeds, the error is
-    up to 0.015 for a last layer's matrix, with a tail, and more for a bias or a temperature.
+    expert's bfloat16 output, and can be small beside them: over eight seeds the error was up to
+    0.015 for a last layer's matrix, with a tail, and it is more for a bias or a temperature.
     """
     summed = leaf.startswith("router.")
     return 5e-2 if summed and gradient.dtype == torch.bfloat16 else TOLERANCE[gradient.dtype]

@@ -254,9 +254,9 @@ def _layer_spec(entry: Any, width: int) -> LayerSpec:
 
 def _attention_spec(entry: Any, width: int) -> MoESpec | None:
     """The mixture that one entry of ``attention`` describes, refused if it is none."""
-    spec = entry if entry is None or isinstance(entry, MoESpec) else _from_json(entry)
-    if spec is None:
+    if entry is None:
         return None
+    spec = entry if isinstance(entry, LayerSpec) else _from_json(entry)
     modules = attention_heads(spec.experts) if isinstance(spec, MoESpec) else None
     if not isinstance(spec, MoESpec) or modules is None:
         raise SpecError(
