@@ -33,7 +33,7 @@ class ModuleRouting(RouterSpec):
         gate: how logits are made: ``mlp`` is ``W₂ GELU(W₁ x + b)``, ``linear`` one matrix, and
             ``cosine`` ``exp(t)`` times the cosine of ``W₁ x`` and a module's centroid, t learned
             (``gmm`` in the released code).
-        hidden: width of ``W₁ x``.
+        hidden: width of ``W₁ x``; None for a quarter of the model's, as in the release.
         dropout: dropout before the last layer of ``mlp`` in training.
         sampled: in training, so many of the k are drawn from the probabilities of the modules
             that are not among the best ``k - sampled``.
@@ -46,7 +46,7 @@ class ModuleRouting(RouterSpec):
 
     k: int = 2
     gate: Literal["mlp", "linear", "cosine"] = "mlp"
-    hidden: int = 256
+    hidden: int | None = None
     dropout: float = 0.0
     sampled: int = 0
     added: tuple[int, ...] = ()
@@ -55,7 +55,10 @@ class ModuleRouting(RouterSpec):
 
     def check(self) -> None:
         self.require(self.k >= 1, f"k is {self.k}; a token needs at least one module")
-        self.require(self.hidden >= 1, f"hidden is {self.hidden}; wanted a positive width")
+        self.require(
+            self.hidden is None or self.hidden >= 1,
+            f"hidden is {self.hidden}; wanted a positive width",
+        )
         self.require(0 <= self.dropout < 1, f"dropout is {self.dropout}; wanted 0 <= dropout < 1")
         self.require(
             0 <= self.sampled <= self.k,
@@ -77,6 +80,12 @@ class ModuleRouting(RouterSpec):
             f"{sum(self.added)} modules were added, but the bank has {len(kinds)} in all",
         )
 
+    def hidden_width(self, width: int) -> int:
+        """Width of what the last layer sees in a model of ``width``."""
+        if self.gate == "linear":
+            return width
+        return max(1, width // 4) if self.hidden is None else self.hidden
+
     def build(self, site: Site) -> ModuleRouter:
         return ModuleRouter(self, site)
 
@@ -95,7 +104,7 @@ class ModuleRouter(Router):
         spec.check_experts(site.kinds)
         super().__init__(site)
         self.spec = spec
-        hidden = site.width if spec.gate == "linear" else spec.hidden
+        hidden = spec.hidden_width(site.width)
         if spec.gate != "linear":
             self.hidden_weight = nn.Parameter(torch.empty(hidden, site.width))
         self.hidden_bias = nn.Parameter(torch.empty(hidden)) if spec.gate == "mlp" else None

@@ -30,7 +30,9 @@ WIDTH, EXPERTS = 6, 5
 
 
 def router_of(**options: Any) -> ModuleRouter:
-    router = ModuleRouting(hidden=8, **options).build(Site(WIDTH, ("feed_forward",) * EXPERTS))
+    router = ModuleRouting(**{"hidden": 8, **options}).build(
+        Site(WIDTH, ("feed_forward",) * EXPERTS)
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in router.parameters():
@@ -71,6 +73,13 @@ def test_weights_are_not_renormalised(k: int) -> None:
     x_ND = 0.2 * rows()  # confident tokens round to 1
     assert bool((router_of(k=k)(x_ND).weight_NK.sum(1) < 1 - 1e-4).all())
     torch.testing.assert_close(router_of(k=EXPERTS)(rows()).weight_NK.sum(1), torch.ones(40))
+
+
+def test_the_hidden_width_follows_the_model() -> None:
+    """256 of 1024 in the release."""
+    assert ModuleRouting().build(Site(64, ("feed_forward",) * 4)).weight.shape == (4, 16)
+    assert ModuleRouting().hidden_width(1024) == 256
+    assert router_of(hidden=None).weight.shape == (EXPERTS, 1)
 
 
 def test_blocks_of_added_modules_follow_the_others() -> None:
@@ -124,6 +133,7 @@ def test_sampling_and_dropout_are_for_training() -> None:
     [
         ({"k": 6}, "k is 6 but the bank has 5 experts"),
         ({"k": 0}, "k is 0"),
+        ({"hidden": 0}, "hidden is 0"),
         ({"k": 2, "sampled": 3}, "sampled is 3; wanted 0 to k, which is 2"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"added": (4, 2)}, "6 modules were added, but the bank has 5"),
