@@ -79,8 +79,8 @@ def train_new_modules(model: MoEDecoderForCausalLM, *, whole_router: bool = Fals
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for mixture in extended:
-        for parameter in _new_parameters(mixture.layer, whole_router):
-            parameter.requires_grad_(True)
+        for learning in _new_parameters(mixture.layer, whole_router):
+            learning.requires_grad_(True)
 
 
 def _added(spec: MoESpec) -> bool:

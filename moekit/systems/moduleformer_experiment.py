@@ -8,7 +8,7 @@ dense model; or new modules alone; or with load concentration, after which modul
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from moekit.systems.moduleformer_runs import (
 FULL = Budget(seeds=3, steps=400, tuning=150, batches=16)
 QUICK = Budget(seeds=1, steps=12, tuning=6, batches=2)
 CUTS = (0.25, 0.5)
+CLOSE, OPEN = "concentrated", "not concentrated"
 MOVES = ("dense, all weights", "moduleformer, all weights", "moduleformer, new modules")
 
 
@@ -136,7 +137,7 @@ def _one_seed(shop: Workshop) -> Seed:
     moved = {name: _moved(shop, name, befores[name], start) for name, start in starts.items()}
     cuts = {
         name: _cut(shop, shop.tuned(name, balanced_by(base, losses)))
-        for name, losses in (("concentrated", CONCENTRATION), ("not concentrated", ()))
+        for name, losses in ((CLOSE, CONCENTRATION), (OPEN, ()))
     }
     return Seed(balanced, moved, cuts)
 
@@ -218,35 +219,23 @@ def _new_modules_forget_least(seeds: Sequence[Seed], quick: bool) -> Finding:
 
 
 def _concentrated_prunes_better(seeds: Sequence[Seed], quick: bool) -> Finding:
-    gaps = {
-        share: Spread.of(
-            [
-                s.cuts["not concentrated"].by_use[share] - s.cuts["concentrated"].by_use[share]
-                for s in seeds
-            ]
-        )
-        for share in CUTS
-    }
+    gaps = _gaps(seeds, lambda cuts, share: cuts[OPEN].by_use[share] - cuts[CLOSE].by_use[share])
     return Finding(
         claim="After fine-tuning with load concentration, unused modules can be pruned with little "
         "loss; here: less lost than after fine-tuning without it",
         measured="; ".join(
-            f"{share:.0%} pruned: {_pruned(seeds, 'concentrated', share)} with and "
-            f"{_pruned(seeds, 'not concentrated', share)} without it"
+            f"{share:.0%} pruned: {_pruned(seeds, CLOSE, share)} with and "
+            f"{_pruned(seeds, OPEN, share)} without it"
             for share in CUTS
         ),
-        verdict=judged(all(gap.mean > 0 for gap in gaps.values()), quick=quick),
+        verdict=judged(all(mean(values) > 0 for values in gaps.values()), quick=quick),
     )
 
 
 def _use_beats_chance(seeds: Sequence[Seed], quick: bool) -> Finding:
-    gaps = {
-        share: [
-            s.cuts["concentrated"].at_random[share] - s.cuts["concentrated"].by_use[share]
-            for s in seeds
-        ]
-        for share in CUTS
-    }
+    gaps = _gaps(
+        seeds, lambda cuts, share: cuts[CLOSE].at_random[share] - cuts[CLOSE].by_use[share]
+    )
     return Finding(
         claim="The modules to prune are those that the task does not use; here: pruning by use "
         "loses less than pruning at random, after concentration",
@@ -315,7 +304,7 @@ def _move_rows(seeds: Sequence[Seed]) -> list[dict[str, Any]]:
 
 def _cut_rows(seeds: Sequence[Seed]) -> list[dict[str, Any]]:
     rows = []
-    for name in ("concentrated", "not concentrated"):
+    for name in (CLOSE, OPEN):
         cuts = [s.cuts[name] for s in seeds]
         row: dict[str, Any] = {
             "design": name,
@@ -339,6 +328,13 @@ def _speed_rows(speeds: dict[str, float]) -> list[dict[str, Any]]:
         }
         for name, speed in speeds.items()
     ]
+
+
+def _gaps(
+    seeds: Sequence[Seed], gap: Callable[[dict[str, Cut], float], float]
+) -> dict[float, list[float]]:
+    """A difference between two ways to prune, by the share that is pruned and by seed."""
+    return {share: [gap(seed.cuts, share) for seed in seeds] for share in CUTS}
 
 
 def _pruned(seeds: Sequence[Seed], name: str, share: float) -> str:

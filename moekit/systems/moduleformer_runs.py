@@ -161,8 +161,9 @@ def dense_of_equal_size() -> Design:
 
 def extended(model: MoEDecoderForCausalLM, seed: int) -> MoEDecoderForCausalLM:
     """With half as many new modules again, which alone are trainable."""
-    added = {"attention": ADDED_ATTENTION, "feed_forward": ADDED_FEED_FORWARD}
-    return extend_modules(model, **added, seed=seed)
+    return extend_modules(
+        model, attention=ADDED_ATTENTION, feed_forward=ADDED_FEED_FORWARD, seed=seed
+    )
 
 
 def balanced_by(

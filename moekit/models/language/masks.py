@@ -30,11 +30,12 @@ def allowed_keys(
         return None
     written_out = copy.copy(config)
     written_out._attn_implementation = "eager"
-    mask: Tensor = create_causal_mask(
+    mask = create_causal_mask(
         config=written_out,
         inputs_embeds=x_BTD,
         attention_mask=attention_mask,
         past_key_values=cache,
         position_ids=positions,
     )
+    assert isinstance(mask, Tensor)  # as the eager implementation's masks are
     return mask if mask.dtype == torch.bool else mask == 0
