@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moekit.dispatch.dispatch import Dispatch, DispatchSpec, Dropless
+from moekit.dispatch.dispatch import Between, Dispatch, DispatchSpec, Dropless
 from moekit.errors import SpecError
 from moekit.experts.adapter import Adapter, AdapterSpec
 from moekit.experts.experts import Experts, ExpertsSpec
@@ -165,7 +165,11 @@ class MoE(nn.Module):
         self.adapter = adapter
 
     def forward(
-        self, x: Tensor, signals: Signals | None = None, carry: Carry | None = None
+        self,
+        x: Tensor,
+        signals: Signals | None = None,
+        carry: Carry | None = None,
+        between: Between | None = None,
     ) -> MoEOutput:
         """Route and compute the rows of ``x`` (..., D).
 
@@ -174,6 +178,7 @@ class MoE(nn.Module):
                 router that asks for scopes, those of ``x`` (..., T, D) are its sequences of T rows
                 unless the signals say otherwise.
             carry: what the layer below handed over.
+            between: what to do between the map and the reduce of a bank that has them.
         """
         carry = Carry() if carry is None else carry
         signals = self._with_scopes(x, Signals() if signals is None else signals)
@@ -181,7 +186,8 @@ class MoE(nn.Module):
         x_ND = x.flatten(0, -2)
         x_ND = x_ND if self.adapter is None else self.adapter(x_ND)
         routing = self.router(x_ND, signals)
-        done = self.dispatch(x_ND, routing, self.experts)
+        around = () if between is None else (between,)
+        done = self.dispatch(x_ND, routing, self.experts, *around)
         y_ND = done.y_ND if self.shared is None else done.y_ND + self._shared(x_ND)
         return MoEOutput(
             y=y_ND.view(*x.shape[:-1], y_ND.shape[-1]),

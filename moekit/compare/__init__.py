@@ -1,6 +1,7 @@
 """Train any designs side by side on one's own text, and learn which one is best for it."""
 
-from moekit.compare.design import Design, Match, ModelSpec, load_design, matched
+from moekit.compare.design import Design, Match, load_design, matched
+from moekit.compare.model import ModelSpec
 from moekit.compare.record import RunRecord
 from moekit.compare.study import Study, StudyProgress, StudySpec, compare
 from moekit.compare.summary import DesignSummary, Spread, paired_difference, summarise

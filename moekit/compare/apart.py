@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from moekit.compare.design import Design, ModelSpec
+from moekit.compare.design import Design
+from moekit.compare.model import ModelSpec
 from moekit.compare.record import RunRecord
 from moekit.compare.run import RunPlace, run_design
 from moekit.data import TextData

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moekit.compare.design import Design, Match, ModelSpec
+from moekit.compare.design import Design, Match
+from moekit.compare.model import ModelSpec
 from moekit.compare.study import StudySpec
 from moekit.data import TextSpec
 from moekit.training import TrainingSpec

@@ -1,4 +1,4 @@
-"""A design: a name and the feed-forward part of a decoder, dense or MoE, layer by layer."""
+"""A design: a name and the parts of a decoder, dense or MoE, layer by layer."""
 
 from __future__ import annotations
 
@@ -8,55 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import torch
-
-from moekit.dispatch import Capacity
+from moekit.compare.cost import expected_flops, expected_parameters
+from moekit.compare.model import ModelSpec
 from moekit.errors import SpecError
-from moekit.experts import Bank, ExpertsSpec, FeedForwardSpec
+from moekit.experts import Bank, ExpertsSpec, FeedForwardSpec, attention_heads
 from moekit.layer import MoESpec
-from moekit.models.language import MoEDecoderConfig
-from moekit.models.language.config import check_causal_model
+from moekit.models.language.config import (
+    BlockSpec,
+    LayerSpec,
+    MoEDecoderConfig,
+    check_causal_model,
+)
 from moekit.residual import check_stack
-from moekit.routing import Site
-from moekit.routing.router import ZERO_COMPUTATION
 from moekit.spec import Spec
 
-LayerSpec = MoESpec | FeedForwardSpec
-Cost = Callable[[LayerSpec, int, int | None], float]
+Cost = Callable[["Design"], float]
 E = TypeVar("E", bound=ExpertsSpec)
+S = TypeVar("S")
 
 LONGEST_NAME = 100
 UNIT = 8  # hidden widths are multiples of this, which keeps row strides at 16 bytes in bfloat16
-
-
-@dataclass(frozen=True)
-class ModelSpec(Spec):
-    """The decoder around the feed-forward parts: everything that all designs have in common.
-
-    Attributes:
-        width: model width D.
-        depth: number of layers.
-        heads, kv_heads: attention heads, and heads of keys and values.
-        tie_embeddings: whether the output projection is the embedding.
-    """
-
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    tie_embeddings: bool = True
-
-    def check(self) -> None:
-        for name in ("width", "depth", "heads", "kv_heads"):
-            value = getattr(self, name)
-            self.require(value >= 1, f"{name} is {value}; wanted at least 1")
-        self.require(
-            self.width % self.heads == 0, f"width {self.width} is no multiple of {self.heads} heads"
-        )
-        self.require(
-            self.heads % self.kv_heads == 0,
-            f"{self.heads} heads cannot share {self.kv_heads} key-value heads evenly",
-        )
 
 
 @dataclass(frozen=True)
@@ -66,10 +37,13 @@ class Design(Spec):
     Attributes:
         name: what tables and plots call it.
         layers: the feed-forward part of every layer, or one for all of them.
+        attention: the mixture of attention modules of every layer, or one for all of them; None
+            is the model's own attention.
     """
 
     name: str
     layers: tuple[MoESpec | FeedForwardSpec, ...]
+    attention: tuple[MoESpec | None, ...] = (None,)
 
     def check(self) -> None:
         self.require(self.name.strip() != "", "name is empty; give the design a name")
@@ -79,23 +53,43 @@ class Design(Spec):
             f"{LONGEST_NAME} characters",
         )
         self.require(len(self.layers) > 0, "it has no layers; give at least one")
-        check_causal_model(self.layers)
-        check_stack(tuple(s.residual for s in self.layers if isinstance(s, MoESpec)))
+        self.require(len(self.attention) > 0, "attention is empty; leave it out for the usual one")
+        for spec in self.attention:
+            self.require(
+                spec is None or attention_heads(spec.experts) is not None,
+                "attention holds a bank without attention modules; wanted AttentionHeads",
+            )
+        check_causal_model(self.mixtures)
+        check_stack(tuple(spec.residual for spec in self.mixtures))
+
+    @property
+    def mixtures(self) -> tuple[MoESpec, ...]:
+        """The mixtures it is made of."""
+        parts = (*self.attention, *self.layers)
+        return tuple(part for part in parts if isinstance(part, MoESpec))
 
     @property
     def causal(self) -> bool:
         """Whether no router looks at later tokens."""
-        return all(s.router.causal for s in self.layers if isinstance(s, MoESpec))
+        return all(spec.router.causal for spec in self.mixtures)
 
     def at_depth(self, depth: int) -> tuple[LayerSpec, ...]:
-        """One spec a layer."""
-        if len(self.layers) == 1:
-            return self.layers * depth
+        """The feed-forward part of each block."""
+        return self._repeated(self.layers, depth)
+
+    def blocks(self, depth: int) -> tuple[BlockSpec, ...]:
+        """Both parts of each block."""
+        attention = self._repeated(self.attention, depth)
+        return tuple(map(BlockSpec, attention, self.at_depth(depth)))
+
+    def _repeated(self, specs: tuple[S, ...], depth: int) -> tuple[S, ...]:
+        if len(specs) == 1:
+            return specs * depth
         self.require(
-            len(self.layers) == depth,
-            f"{self.name} has {len(self.layers)} layer specs; the model has {depth} layers",
+            len(specs) == depth,
+            f"{self.name} has {len(specs)} layer specs; the model has {depth} layers",
         )
-        return self.layers
+        return specs
 
     def config(self, model: ModelSpec, vocabulary: int, length: int) -> MoEDecoderConfig:
         """The configuration of the language model with this design."""
@@ -107,28 +101,41 @@ class Design(Spec):
             num_key_value_heads=model.kv_heads,
             max_position_embeddings=length,
             tie_word_embeddings=model.tie_embeddings,
-            layers=[spec.to_dict() for spec in self.at_depth(model.depth)],
+            layers=[block.feed_forward for block in self.blocks(model.depth)],
+            attention=[block.attention for block in self.blocks(model.depth)],
         )
 
 
 Match = Literal["active", "flops", "steps"]
 
 
-def matched(designs: Sequence[Design], model: ModelSpec, match: Match) -> list[Design]:
+def matched(
+    designs: Sequence[Design], model: ModelSpec, match: Match, length: int = 256
+) -> list[Design]:
     """The designs with expert widths changed so that each costs what the first one costs.
 
     ``active`` equals the expected active parameters a token, ``flops`` the expected forward
     floating-point operations a token; ``steps`` leaves the designs as they are, so that they share
     nothing but the number of steps. Expected loads are those at which the balance loss settles.
+    The widths of feed-forward experts change, and those of attention modules stay.
+
+    Args:
+        length: tokens in a sequence, which the operations of attention depend on.
 
     Raises:
         SpecError: a design cannot be brought to the cost of the first by changing its widths.
     """
     if match == "steps" or not designs:
         return list(designs)
-    cost = _active_parameters if match == "active" else _forward_flops
-    target = _total(designs[0], model, cost)
-    return [designs[0], *(_resized_to(d, model, cost, target, match) for d in designs[1:])]
+
+    def cost(design: Design) -> float:
+        blocks = design.blocks(model.depth)
+        if match == "active":
+            return sum(expected_parameters(blocks, model))
+        return sum(expected_flops(blocks, model, length))
+
+    target = cost(designs[0])
+    return [designs[0], *(_resized_to(design, cost, target, match) for design in designs[1:])]
 
 
 def load_design(path: Path) -> Design:
@@ -151,16 +158,14 @@ def load_design(path: Path) -> Design:
         raise SpecError(f"{path} holds specs in specs too deep to be built; nest fewer") from None
 
 
-def _resized_to(
-    design: Design, model: ModelSpec, cost: Cost, target: float, match: Match
-) -> Design:
+def _resized_to(design: Design, cost: Cost, target: float, match: Match) -> Design:
     """Bisect the factor on all hidden widths; costs rise with it."""
 
     def at(factor: float) -> Design:
         return design.replace(layers=tuple(_scaled(spec, factor) for spec in design.layers))
 
     def cost_at(factor: float) -> float:
-        return _total(at(factor), model, cost)
+        return cost(at(factor))
 
     low, high = 0.0, 1.0
     while cost_at(high) < target and high < 2**16:
@@ -173,15 +178,7 @@ def _resized_to(
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if cost_at(middle) <= target else (low, middle)
-    return min((at(low), at(high)), key=lambda d: abs(_total(d, model, cost) - target))
-
-
-def _total(design: Design, model: ModelSpec, cost: Cost) -> float:
-    total, previous = 0.0, None
-    for spec in design.at_depth(model.depth):
-        total += cost(spec, model.width, previous)
-        previous = spec.handed_on(previous) if isinstance(spec, MoESpec) else previous
-    return total
+    return min((at(low), at(high)), key=lambda d: abs(cost(d) - target))
 
 
 def _scaled(spec: LayerSpec, factor: float) -> LayerSpec:
@@ -197,73 +194,3 @@ def _wider(experts: E, factor: float) -> E:
     if isinstance(experts, FeedForwardSpec):
         return experts.replace(hidden=max(UNIT, round(experts.hidden * factor / UNIT) * UNIT))
     return experts
-
-
-def _active_parameters(spec: LayerSpec, width: int, previous: int | None) -> float:
-    """Expected parameters of a feed-forward part that one token uses.
-
-    They differ from those of :func:`moekit.measure.parameter_counts` by what all designs share.
-    """
-    if isinstance(spec, FeedForwardSpec):
-        return spec.parameters_E(width)[0]
-    shared = 0 if spec.shared is None else spec.shared.parameters_E(width)[0]
-    always = shared + _unconditional(spec, width, previous)
-    return always + spec.expected_load() * _mean_expert(spec.experts, width)
-
-
-def _forward_flops(spec: LayerSpec, width: int, previous: int | None) -> float:
-    """Expected floating-point operations of a feed-forward part for one token, forward.
-
-    Two for each matrix entry that the token meets.
-    """
-    if isinstance(spec, FeedForwardSpec):
-        return 2 * _without_bias(spec).parameters_E(width)[0]
-    shared = 0 if spec.shared is None else _without_bias(spec.shared).parameters_E(width)[0]
-    always = shared + _unconditional(spec, width, previous)
-    return 2 * (always + _rows(spec) * _mean_expert(_without_bias(spec.experts), width))
-
-
-def _unconditional(spec: MoESpec, width: int, previous: int | None) -> int:
-    """Parameters of an MoE layer that every token meets.
-
-    They are those of the router, the adapter, the gate and the zero-computation experts.
-    """
-    kinds = spec.experts.expert_kinds()
-    with torch.device("meta"):
-        router = spec.router.build(Site(width, kinds, previous, vocabulary=1))
-        adapter = None if spec.adapter is None else spec.adapter.build(width)
-    sizes = zip(spec.experts.parameters_E(width), kinds, strict=True)
-    cheap = sum(size for size, kind in sizes if kind in ZERO_COMPUTATION)
-    gate = width if spec.shared_gate else 0
-    always = [p for m in (router, adapter) if m is not None for p in m.parameters()]
-    return sum(p.numel() for p in always) + cheap + gate
-
-
-def _without_bias(experts: E) -> E:
-    if isinstance(experts, Bank):
-        return experts.replace(parts=tuple(_without_bias(part) for part in experts.parts))
-    return experts.replace(bias=False) if isinstance(experts, FeedForwardSpec) else experts
-
-
-def _rows(spec: MoESpec) -> float:
-    """Expected rows a token that reach a product, the places of padded dispatch included."""
-    if isinstance(spec.dispatch, Capacity) and spec.dispatch.pad:
-        shares = [
-            1.0 if kind in ZERO_COMPUTATION else spec.dispatch.tau
-            for kind in spec.experts.expert_kinds()
-        ]
-        working = sum(
-            share
-            for share, kind in zip(shares, spec.experts.expert_kinds(), strict=True)
-            if kind not in ZERO_COMPUTATION
-        )
-        slots = getattr(spec.router, "k", 1)
-        return spec.dispatch.factor * slots * working / sum(shares)
-    return spec.expected_load()
-
-
-def _mean_expert(experts: ExpertsSpec, width: int) -> float:
-    """Parameters of a dispatched expert, in the mean."""
-    sizes = zip(experts.parameters_E(width), experts.expert_kinds(), strict=True)
-    working = [size for size, kind in sizes if kind not in ZERO_COMPUTATION]
-    return sum(working) / len(working)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moekit.compare.design import Design, ModelSpec
+from moekit.compare.design import Design
+from moekit.compare.model import ModelSpec
 from moekit.compare.record import RunRecord, write_json
 from moekit.compare.survey import survey
 from moekit.data import PackedDataset, TextData

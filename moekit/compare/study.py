@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moekit.compare.apart import run_apart
-from moekit.compare.design import Design, Match, ModelSpec, matched
+from moekit.compare.design import Design, Match, matched
 from moekit.compare.machine import machine
+from moekit.compare.model import ModelSpec
 from moekit.compare.record import RunRecord, write_json
 from moekit.compare.run import RunPlace, folder_name, measure_phases, run_design
 from moekit.data import ProgressHook, TextData, TextSpec, prepare
@@ -57,7 +58,8 @@ class StudySpec(Spec):
 
     def matched(self) -> StudySpec:
         """The study with its designs brought to the same cost."""
-        return self.replace(designs=tuple(matched(self.designs, self.model, self.match)))
+        length = self.text.sequence_length
+        return self.replace(designs=tuple(matched(self.designs, self.model, self.match, length)))
 
     def describe(self) -> str:
         """The setting in a sentence."""

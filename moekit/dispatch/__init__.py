@@ -2,6 +2,7 @@
 
 from moekit.dispatch.capacity import capacities, limit
 from moekit.dispatch.dispatch import (
+    Between,
     Capacity,
     CapacityDispatch,
     Dispatch,
@@ -15,6 +16,7 @@ from moekit.dispatch.plan import Plan, plan_places, plan_rows
 from moekit.dispatch.rectify import Rectification, Rectified, RectifiedDispatch, rectify
 
 __all__ = [
+    "Between",
     "Capacity",
     "CapacityDispatch",
     "Dispatch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,6 +16,9 @@ from moekit.experts.groups import GroupedMM, RowGroups
 from moekit.routing.router import RouterSpec
 from moekit.routing.routing import Routing
 from moekit.spec import Spec
+
+Between = Callable[[Tensor], Tensor]
+"""An operation on the inner rows of all slots (N, K, I), such as attention among tokens."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,24 @@ class DispatchSpec(Spec):
 class Dispatch(nn.Module):
     """Base of every dispatch: limit the routing, plan the rows, run the bank, combine."""
 
-    def forward(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Dispatched:
-        """Run ``experts`` on ``x_ND`` as ``routing`` says."""
+    def forward(
+        self, x_ND: Tensor, routing: Routing, experts: Experts, between: Between | None = None
+    ) -> Dispatched:
+        """Run ``experts`` on ``x_ND`` as ``routing`` says.
+
+        Args:
+            between: what to do between the map and the reduce of the bank, on one plan; slots
+                without a row hold zeros.
+        """
         routing = self.limited(routing, experts)
         parts, rows_E = [], routing.expert_NK.new_zeros(experts.dispatched)
         if experts.dispatched:
             plan = self.plan(routing, experts)
-            bank = self.bank(plan, experts)
-            parts.append(plan.combine(bank(plan.gather(x_ND), plan.groups)))
+            rows_RD = plan.gather(x_ND)
+            if between is None:
+                parts.append(plan.combine(self.bank(plan, experts)(rows_RD, plan.groups)))
+            else:
+                parts.append(_around(between, experts, plan.compact(), rows_RD))
             rows_E = self.rows(plan)
         if experts.dispatched < len(experts.kinds):
             direct = experts.direct(x_ND, routing.dense_weight_NE())
@@ -195,6 +209,12 @@ class CapacityDispatch(Dispatch):
         count_E = plan.groups.count_E
         places = getattr(plan.groups, "places", None)
         return count_E if places is None else torch.full_like(count_E, places)
+
+
+def _around(between: Between, experts: Experts, plan: Plan, rows_RD: Tensor) -> Tensor:
+    inner_NKI = plan.to_slots(experts.map(rows_RD, plan.groups))
+    rows_RI = plan.from_slots(between(inner_NKI))
+    return plan.combine(experts.reduce(rows_RI, plan.groups))
 
 
 def _sum(parts: list[Tensor]) -> Tensor:

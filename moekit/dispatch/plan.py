@@ -61,6 +61,24 @@ class Plan:
         flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
         return flat.index_select(0, self.assignment_R)
 
+    def compact(self) -> Plan:
+        """The same rows in as few slots a token as the busiest token needs.
+
+        What is done slot by slot, as attention is, then costs no more than it must. Reads one
+        number back to the host, but nothing where every slot has a row or the plan is padded.
+        """
+        tokens, slots = self.weight_NK.shape
+        if self.every or isinstance(self.groups, PaddedGroups) or not self.weight_NK.numel():
+            return self
+        used = torch.zeros_like(self.weight_NK, dtype=torch.int64).flatten()
+        used_NK = used.index_fill(0, self.assignment_R, 1).view(tokens, slots)
+        fewer = max(1, int(used_NK.sum(1).max()))
+        rank_R = (used_NK.cumsum(1) - 1).flatten()[self.assignment_R]
+        place_R = self.token_R * fewer + rank_R
+        weight_R = self.weight_NK.flatten().index_select(0, self.assignment_R)
+        weight = weight_R.new_zeros(tokens * fewer).index_copy(0, place_R, weight_R)
+        return Plan(place_R, weight.view(tokens, fewer), self.groups, every=False)
+
     def combine(self, rows_RD: Tensor) -> Tensor:
         """Each token's weighted sum (N, D) of its rows, accumulated in at least float32."""
         if self.every:

@@ -1,6 +1,11 @@
 """What is computed: banks of experts run over rows sorted by expert."""
 
 from moekit.experts.adapter import Adapter, AdapterSpec, TokenAttention, TokenAttentionBlock
+from moekit.experts.attention_heads import (
+    AttentionHeads,
+    AttentionHeadsExperts,
+    attention_heads,
+)
 from moekit.experts.experts import Bank, Experts, ExpertsBank, ExpertsSpec
 from moekit.experts.feed_forward import (
     GEGLU,
@@ -27,6 +32,8 @@ __all__ = [
     "GELU",
     "Adapter",
     "AdapterSpec",
+    "AttentionHeads",
+    "AttentionHeadsExperts",
     "Bank",
     "Constant",
     "ConstantExperts",
@@ -50,5 +57,6 @@ __all__ = [
     "TokenAttentionBlock",
     "Zero",
     "ZeroExperts",
+    "attention_heads",
     "fits_grouped_mm",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -97,6 +97,17 @@ class Experts(nn.Module):
 
         return run
 
+    def map(self, rows_RD: Tensor, groups: RowGroups) -> Tensor:
+        """Inner rows (R, I) of a bank that is run around another operation.
+
+        Such a bank computes ``reduce(operation(map(rows)))``; see :class:`AttentionHeads`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no map and reduce")
+
+    def reduce(self, rows_RI: Tensor, groups: RowGroups) -> Tensor:
+        """Outputs (R, out_width) for inner rows that the other operation has changed."""
+        raise NotImplementedError(f"{type(self).__name__} is no map and reduce")
+
     def direct(self, x_ND: Tensor, weight_NE: Tensor) -> Tensor | None:
         """Weighted sum (N, D) of the direct experts' outputs, or None if it is zero.
 
@@ -161,16 +172,13 @@ class ExpertsBank(Experts):
         return ranges
 
     def forward(self, rows_RD: Tensor, groups: RowGroups) -> Tensor:
-        working = [part for part in self._parts() if part.dispatched]
-        if len(working) == 1:  # the usual case: one feed-forward bank beside cheap experts
-            return working[0](rows_RD, groups)
-        outputs, expert, row = [], 0, 0
-        for part in working:
-            size = sum(groups.sizes[expert : expert + part.dispatched])
-            own = groups.slice(expert, expert + part.dispatched)
-            outputs.append(part(rows_RD[row : row + size], own))
-            expert, row = expert + part.dispatched, row + size
-        return torch.cat(outputs)
+        return self._each(self._working(), rows_RD, groups)
+
+    def map(self, rows_RD: Tensor, groups: RowGroups) -> Tensor:
+        return self._each([part.map for part in self._working()], rows_RD, groups)
+
+    def reduce(self, rows_RI: Tensor, groups: RowGroups) -> Tensor:
+        return self._each([part.reduce for part in self._working()], rows_RI, groups)
 
     def merged(self, mixtures: Mixtures) -> Run:
         start = 0
@@ -193,6 +201,22 @@ class ExpertsBank(Experts):
     def reset_parameters(self, std: float = 0.02) -> None:
         for part in self._parts():
             part.reset_parameters(std)
+
+    def _each(self, runs: Sequence[Run], rows: Tensor, groups: RowGroups) -> Tensor:
+        """Let each working part run its own rows."""
+        if len(runs) == 1:  # the usual case: one feed-forward bank beside cheap experts
+            return runs[0](rows, groups)
+        outputs, expert, row = [], 0, 0
+        for part, run in zip(self._working(), runs, strict=True):
+            size = sum(groups.sizes[expert : expert + part.dispatched])
+            own = groups.slice(expert, expert + part.dispatched)
+            outputs.append(run(rows[row : row + size], own))
+            expert, row = expert + part.dispatched, row + size
+        return torch.cat(outputs)
+
+    def _working(self) -> list[Experts]:
+        """The parts that have dispatched experts."""
+        return [part for part in self._parts() if part.dispatched]
 
     def _parts(self) -> list[Experts]:
         return list(self.parts)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ Reports, which need matplotlib and jinja2, are imported from :mod:`moekit.measur
 from moekit.measure.expert_phase import ExpertPhase, ExpertPhaseResult, compare_expert_phase
 from moekit.measure.flops import count_flops
 from moekit.measure.fluctuation import Fluctuation, routing_fluctuation
+from moekit.measure.information import RoutingInformation, routing_information
 from moekit.measure.inspect import CheckpointStructure, inspect_checkpoint
 from moekit.measure.memory import PeakMemory
 from moekit.measure.observe import Observation, observe, routing_statistics
@@ -36,6 +37,7 @@ __all__ = [
     "Observation",
     "ParameterCounts",
     "PeakMemory",
+    "RoutingInformation",
     "TokenRouting",
     "TokenUse",
     "TypeUse",
@@ -45,6 +47,7 @@ __all__ = [
     "observe",
     "parameter_counts",
     "routing_fluctuation",
+    "routing_information",
     "routing_statistics",
     "token_routing",
     "token_texts",

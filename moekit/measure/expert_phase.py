@@ -21,7 +21,8 @@ class ExpertPhase:
     """Times the expert phase of every call of a model inside the block.
 
     The phase is planning, gathering, computing and combining the rows of each MoE layer, its
-    shared expert, and each dense feed-forward layer; the router is not in it. On CUDA the device
+    shared expert, and each dense feed-forward layer; the router is not in it, and of a mixture of
+    attention modules attention itself is. On CUDA the device
     is synchronised before and after each part, so that kernels are timed and not their launches;
     the model as a whole then runs slower than it would.
 

@@ -52,7 +52,8 @@ def parameter_counts(
     gates = [layer.shared_gate for layer in layers if layer.shared_gate is not None]
     router = _size([*(layer.router for layer in layers), *gates])
     experts = _size([layer.experts for layer in layers])
-    costs = [_dispatched(spec, model.config.hidden_size) for spec in _specs(model)]
+    specs = model.config.mixture_specs
+    costs = [_dispatched(spec, model.config.hidden_size) for spec in specs]
     always = total - sum(cost.total for cost in costs)
     measured = None
     if rows_per_token is not None:
@@ -82,10 +83,6 @@ def _dispatched(spec: MoESpec, width: int) -> _Dispatched:
     each = zip(spec.experts.parameters_E(width), spec.experts.expert_kinds(), strict=True)
     sizes = [size for size, kind in each if kind not in ZERO_COMPUTATION]
     return _Dispatched(sum(sizes), sum(sizes) / len(sizes), spec.expected_load())
-
-
-def _specs(model: MoEDecoderForCausalLM) -> list[MoESpec]:
-    return [spec for spec in model.config.layer_specs if isinstance(spec, MoESpec)]
 
 
 def _size(modules: Iterable[nn.Module | None]) -> int:

@@ -68,11 +68,8 @@ def moe_layers(model: PreTrainedModel) -> tuple[LayerStructure, ...]:
 
 def _own_layers(model: MoEDecoderForCausalLM) -> tuple[LayerStructure, ...]:
     name_of = {id(module): name for name, module in model.named_modules()}
-    specs = [spec for spec in model.config.layer_specs if isinstance(spec, MoESpec)]
-    return tuple(
-        _own_layer(name_of[id(layer)], layer, spec)
-        for layer, spec in zip(model.moe_layers, specs, strict=True)
-    )
+    pairs = zip(model.moe_layers, model.config.mixture_specs, strict=True)
+    return tuple(_own_layer(name_of[id(layer)], layer, spec) for layer, spec in pairs)
 
 
 def _own_layer(name: str, layer: MoE, spec: MoESpec) -> LayerStructure:

@@ -18,6 +18,8 @@ from moekit.routing.losses import (
     RouterZ,
     SwitchBalance,
 )
+from moekit.routing.module_routing import ModuleRouter, ModuleRouting
+from moekit.routing.mutual_information import MutualInformation
 from moekit.routing.noisy_top_k import NoisyTopK, NoisyTopKRouter
 from moekit.routing.pathway import Pathway, PathwayRouter
 from moekit.routing.per_task import PerTask, PerTaskRouter
@@ -83,6 +85,9 @@ __all__ = [
     "LossSite",
     "LossSpec",
     "Memory",
+    "ModuleRouter",
+    "ModuleRouting",
+    "MutualInformation",
     "NoisyTopK",
     "NoisyTopKRouter",
     "NullAwareBalance",

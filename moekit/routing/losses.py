@@ -278,7 +278,8 @@ class Entropy(LossSpec):
 
     Attributes:
         of: ``token`` is the mean entropy of a token's probabilities (minimised: confident
-            routing); ``marginal`` the entropy of their mean (minimised: few experts in all).
+            routing); ``marginal`` the entropy of their mean (minimised: few experts in all, which
+            is ModuleFormer's load concentration, arXiv 2306.04640).
     """
 
     of: Literal["token", "marginal"] = "token"
@@ -291,16 +292,28 @@ class _Entropy(Loss):
     spec: Entropy
 
     def forward(self, batch: Batch) -> Tensor:
-        if self.spec.of == "token":
-            # torch.special.entr has a gradient of infinity at 0, which routers do reach.
-            tiny = torch.finfo(batch.scores_NE.dtype).tiny
-            entropy_NE = -batch.scores_NE * batch.scores_NE.clamp_min(tiny).log()
-            return batch.mean(entropy_NE).sum()
-        # -Σ p log p̄ with the mean p̄ of all ranks held fixed is linear in this rank's share, has the
-        # value of the entropy where p = p̄, and its gradient, for Σ p does not change.
-        mean_E = batch.mean(batch.scores_NE)
-        log_E = batch.over_ranks(mean_E).clamp_min(torch.finfo(mean_E.dtype).tiny).log()
-        return -(mean_E * log_E).sum()
+        return token_entropy(batch) if self.spec.of == "token" else marginal_entropy(batch)
+
+
+def token_entropy(batch: Batch) -> Tensor:
+    """Mean entropy of a token's probabilities, as this rank's share.
+
+    torch.special.entr has a gradient of infinity at 0, which routers do reach.
+    """
+    tiny = torch.finfo(batch.scores_NE.dtype).tiny
+    entropy_NE = -batch.scores_NE * batch.scores_NE.clamp_min(tiny).log()
+    return batch.mean(entropy_NE).sum()
+
+
+def marginal_entropy(batch: Batch) -> Tensor:
+    """Entropy of the mean probabilities, as this rank's share.
+
+    -Σ p log p̄ with the mean p̄ of all ranks held fixed is linear in this rank's share, has the value
+    of the entropy where p = p̄, and its gradient, for Σ p does not change.
+    """
+    mean_E = batch.mean(batch.scores_NE)
+    log_E = batch.over_ranks(mean_E).clamp_min(torch.finfo(mean_E.dtype).tiny).log()
+    return -(mean_E * log_E).sum()
 
 
 def _zero_computation_mask(kinds: tuple[str, ...], like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from moekit.systems.comet import COMET, COMET_RELATIVES
 from moekit.systems.gg_moe import GG_MOE
 from moekit.systems.graph_of_tokens import GRAPH_OF_TOKENS, GRAPH_RELATIVES
 from moekit.systems.meo import MEO, MEO_RELATIVES
+from moekit.systems.moduleformer import MODULEFORMER
 from moekit.systems.moepp import MOEPP
 from moekit.systems.momentum_smoe import MOMENTUM_SMOE
 from moekit.systems.planned import PLANNED
@@ -50,6 +51,7 @@ def systems() -> tuple[System, ...]:
         GRAPH_OF_TOKENS,
         MEO,
         SPARSITY_CONSTRAINED_OT,
+        MODULEFORMER,
         *PLANNED,
     )
 

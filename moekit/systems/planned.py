@@ -47,12 +47,6 @@ PLANNED = (
         "a plan of surgery from clustered logits",
     ),
     _planned(
-        "moduleformer",
-        "ModuleFormer: attention heads and feed-forward parts as modules",
-        "2306.04640",
-        "a bank of attention heads as map and reduce on one plan, mutual-information loss",
-    ),
-    _planned(
         "llava_mole",
         "LLaVA-MoLE: top-1 mixture of LoRA experts",
         "2401.16160",

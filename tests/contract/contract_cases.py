@@ -22,6 +22,7 @@ from moekit.errors import SpecError
 from moekit.experts import (
     GEGLU,
     GELU,
+    AttentionHeads,
     Bank,
     Constant,
     Copy,
@@ -47,6 +48,8 @@ from moekit.routing import (
     HeterogeneousBalance,
     L1Balance,
     LossSpec,
+    ModuleRouting,
+    MutualInformation,
     NoisyTopK,
     NullAwareBalance,
     Pathway,
@@ -104,6 +107,13 @@ ROUTERS: dict[str, tuple[RouterSpec, ...]] = {
         _solved_plan(sparse="token", k=EXPERTS),
     ),
     "Sinkhorn": (Sinkhorn(capacity_factor=1.5, multiple_of=1),),
+    "ModuleRouting": (
+        ModuleRouting(k=2, hidden=8),
+        ModuleRouting(k=3, hidden=8, dropout=0.1, sampled=1, added=(2, 1), removed=2),
+        # Without biases, whose gradient cancels to near bfloat16's rounding behind this gate.
+        ModuleRouting(k=2, gate="cosine", hidden=8),
+        ModuleRouting(k=2, gate="linear", removed=1),
+    ),
     "Permuted": (
         Permuted(TopK(k=2), steps=5),
         Permuted(Comet(k=2, gamma=4.0), schedule="paper", steps=5),
@@ -137,6 +147,10 @@ BANKS: dict[str, tuple[ExpertsSpec, ...]] = {
         MIXED,
         Bank((Zero(1), SwiGLU(count=2, hidden=8), Constant(2), GELU(count=1, hidden=4, bias=True))),
     ),
+    "AttentionHeads": (
+        AttentionHeads(count=EXPERTS, heads=2, inner=8),
+        Bank((AttentionHeads(2), Copy(1), AttentionHeads(3))),
+    ),
     "Zero": (Bank((SwiGLU(count=4, hidden=8), Zero(2))),),
     "Copy": (Bank((Copy(2), ReLU(count=4, hidden=8))),),
     "Constant": (Bank((SwiGLU(count=4, hidden=8, bias=True), Constant(2))),),
@@ -164,6 +178,7 @@ LOSSES: dict[str, tuple[LossSpec, ...]] = {
     "HeterogeneousBalance": (HeterogeneousBalance(tau=0.5),),
     "RouterZ": (RouterZ(), RouterZ(scope="global")),
     "Entropy": (Entropy(of="token"), Entropy(of="marginal")),
+    "MutualInformation": (MutualInformation(), MutualInformation(scope="global")),
     "L1Balance": (L1Balance(k=2), L1Balance(k=2, balanced=False)),
 }
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moekit.dispatch import MergedDispatch
 from moekit.experts import (
+    AttentionHeadsExperts,
     ConstantExperts,
     CopyExperts,
     Experts,
@@ -32,6 +33,9 @@ def every_expert(bank: Experts, x_ND: Tensor) -> list[Tensor]:
         return [y for part in bank.parts for y in every_expert(part, x_ND)]  # type: ignore[arg-type]
     if isinstance(bank, FeedForwardExperts | LinearExperts):
         return [_expert(bank, only_E, x_ND) for only_E in torch.eye(len(bank.kinds)).double()]
+    if isinstance(bank, AttentionHeadsExperts):  # without attention: two linear maps
+        maps = zip(bank.query_proj.double(), bank.output_proj.double(), strict=True)
+        return [x_ND @ query.T @ output.T for query, output in maps]
     if isinstance(bank, ConstantExperts):
         return [_constant(bank, e, x_ND) for e in range(len(bank.kinds))]
     if isinstance(bank, CopyExperts):

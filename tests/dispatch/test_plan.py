@@ -191,3 +191,24 @@ def test_grouped_products_can_be_differentiated_twice() -> None:
         found.append(torch.autograd.grad(g.square().sum(), [rows, weight]))
     for loop, grouped in zip(*found, strict=True):
         torch.testing.assert_close(grouped, loop, rtol=1e-4, atol=1e-4)
+
+
+@given(st.data())
+def test_a_compact_plan_moves_the_same_rows_in_fewer_slots(data: st.DataObject) -> None:
+    routing = data.draw(routings())
+    plan = plan_rows(routing, data.draw(ranges(routing.experts)))
+    compact = plan.compact()
+    rows_RD = torch.randn(len(plan.assignment_R), 3, dtype=torch.float64)
+    assert torch.equal(compact.token_R, plan.token_R)
+    torch.testing.assert_close(compact.combine(rows_RD), plan.combine(rows_RD))
+    assert torch.equal(compact.from_slots(compact.to_slots(rows_RD)), rows_RD)
+    counts = [plan.token_R.tolist().count(n) for n in range(routing.tokens)]
+    if plan.every or not counts:
+        assert compact is plan
+    else:
+        assert compact.weight_NK.shape == (routing.tokens, max(1, *counts))
+
+
+def test_a_padded_plan_stays_as_it_is() -> None:
+    plan = plan_places(random_routing(0, 5, 3, 2, 0.5), [(0, 3)], places=5)
+    assert plan.compact() is plan

@@ -21,6 +21,7 @@ from moekit.routing import (
     Load,
     LossSite,
     LossSpec,
+    MutualInformation,
     NullAwareBalance,
     ReLURouting,
     RouterSpec,
@@ -41,6 +42,7 @@ PROBABILISTIC: tuple[LossSpec, ...] = (
     RouterZ(),
     Entropy(of="token"),
     Entropy(of="marginal"),
+    MutualInformation(),
 )
 DESIGNS: dict[str, tuple[RouterSpec, ExpertsSpec, tuple[LossSpec, ...]]] = {
     **{f"{i}": (TopK(k=2), BANK, (loss,)) for i, loss in enumerate(PROBABILISTIC)},

@@ -1,4 +1,4 @@
-"""A decoder-only language model whose every layer is dense or a mixture of experts.
+"""A decoder-only language model whose every part is dense or a mixture of experts.
 
 Importing this package registers the model with transformers, so that ``AutoConfig``, ``AutoModel``
 and ``AutoModelForCausalLM`` load its checkpoints like any other::
@@ -11,17 +11,24 @@ and ``AutoModelForCausalLM`` load its checkpoints like any other::
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from moekit.models.language.attention_mixture import AttentionMixture
 from moekit.models.language.block import DenseFeedForward, MoEDecoderLayer
 from moekit.models.language.causal_lm import MoEDecoderForCausalLM
-from moekit.models.language.config import MoEDecoderConfig
+from moekit.models.language.config import BlockSpec, MoEDecoderConfig
 from moekit.models.language.decoder import MoEDecoderModel
 from moekit.models.language.output import MoECausalLMOutput, MoEDecoderOutput
+from moekit.models.language.stick_breaking import (
+    stick_breaking_attention,
+    stick_breaking_weights,
+)
 
 AutoConfig.register(MoEDecoderConfig.model_type, MoEDecoderConfig, exist_ok=True)
 AutoModel.register(MoEDecoderConfig, MoEDecoderModel, exist_ok=True)
 AutoModelForCausalLM.register(MoEDecoderConfig, MoEDecoderForCausalLM, exist_ok=True)
 
 __all__ = [
+    "AttentionMixture",
+    "BlockSpec",
     "DenseFeedForward",
     "MoECausalLMOutput",
     "MoEDecoderConfig",
@@ -29,4 +36,6 @@ __all__ = [
     "MoEDecoderLayer",
     "MoEDecoderModel",
     "MoEDecoderOutput",
+    "stick_breaking_attention",
+    "stick_breaking_weights",
 ]

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from moekit.errors import SpecError
-from moekit.layer import MoE, MoESpec
+from moekit.layer import MoE
 from moekit.models.language.block import DenseFeedForward
 from moekit.models.language.config import MoEDecoderConfig, check_causal_model
 from moekit.models.language.decoder import (
@@ -32,7 +32,7 @@ IGNORED = -100
 
 
 class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """A causal language model whose every layer is dense or a mixture of experts.
+    """A causal language model whose every part is dense or a mixture of experts.
 
     Checkpoints are ordinary ones of transformers. ``generate`` works with every option; a model
     with a router that is not causal generates too, but routes otherwise than in training. Routers
@@ -58,12 +58,11 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: MoEDecoderConfig) -> None:
-        check_causal_model(config.layer_specs)
+        check_causal_model(config.mixture_specs)
         super().__init__(config)
         self.model = MoEDecoderModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        specs = [spec for spec in config.layer_specs if isinstance(spec, MoESpec)]
-        layers = zip(specs, self.moe_layers, strict=True)
+        layers = zip(config.mixture_specs, self.moe_layers, strict=True)
         self.routing_losses = RoutingLosses(
             [LossSite(spec.losses, layer.router) for spec, layer in layers]
         )
@@ -72,13 +71,14 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type
 
     @property
     def moe_layers(self) -> list[MoE]:
-        """The MoE layers, from the first to the last."""
-        return [part for part in self._feed_forward_parts() if isinstance(part, MoE)]
+        """The MoE layers, from the first to the last; attention comes before feed-forward parts."""
+        return [mixture for layer in self.model.layers for mixture in layer.mixtures]
 
     @property
     def dense_layers(self) -> list[DenseFeedForward]:
         """The dense feed-forward layers, from the first to the last."""
-        return [part for part in self._feed_forward_parts() if isinstance(part, DenseFeedForward)]
+        parts = [layer.mlp for layer in self.model.layers]
+        return [part for part in parts if isinstance(part, DenseFeedForward)]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -170,9 +170,6 @@ class MoEDecoderForCausalLM(MoEDecoderPreTrainedModel, GenerationMixin):  # type
         for layer, load in zip(layers, loads, strict=True):
             layer.router.update(load)
         self.routing_losses.update(loads)
-
-    def _feed_forward_parts(self) -> list[nn.Module]:
-        return [layer.mlp for layer in self.model.layers]
 
 
 def _targets(labels: Tensor, shift_labels: Tensor | None, attention_mask: AttentionMask) -> Tensor:

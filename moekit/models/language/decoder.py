@@ -1,4 +1,4 @@
-"""The decoder: blocks of attention and a dense or mixture-of-experts feed-forward part."""
+"""The decoder: blocks of attention and a feed-forward part, each of them dense or a mixture."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from moekit.errors import SpecError
-from moekit.experts import Adapter, Experts, FeedForwardSpec
-from moekit.layer import MoE
+from moekit.experts import Adapter, Experts
 from moekit.models.language.attention import MoEDecoderAttention, MoEDecoderRotaryEmbedding
+from moekit.models.language.attention_mixture import AttentionMixture
 from moekit.models.language.block import MoEDecoderLayer
 from moekit.models.language.config import MoEDecoderConfig
+from moekit.models.language.masks import allowed_keys
 from moekit.models.language.output import MoEDecoderOutput
 from moekit.models.language.routing_signals import AS_SDPA, is_readable, sequences_of
 from moekit.routing import Carry, Loss, Router, Signals
@@ -44,7 +45,7 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False  # the number of rows an expert gets is read back to the host
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": MoEDecoderLayer,
-        "attentions": MoEDecoderAttention,
+        "attentions": [MoEDecoderAttention, AttentionMixture],
     }
 
     @torch.no_grad()
@@ -82,7 +83,8 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
         config: MoEDecoderConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        *args: Any,
+        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor | None]:
         """Masks that ``generate`` prepares for static caches, with the padding that routers need.
@@ -90,12 +92,14 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
         A prepared causal mask no longer tells which of its queries are padding, and not every
         attention implementation has one that routers can read.
         """
-        given = (inputs_embeds, attention_mask, *args)
+        given = (inputs_embeds, attention_mask, past_key_values, position_ids)
         mask = visible = create_masks_for_generate(config, *given, **kwargs)
         if not is_readable(config):
             visible = create_masks_for_generate(AS_SDPA, *given, **kwargs)
+        allowed = allowed_keys(config, *given) if _has_attention_mixture(config) else None
         valid_BT = valid_tokens(attention_mask, inputs_embeds.shape[1])
-        return {"full_attention": mask, "visible": visible, "valid": valid_BT}
+        masks = {"full_attention": mask, "visible": visible, "allowed": allowed}
+        return {**masks, "valid": valid_BT}
 
 
 class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-call]
@@ -145,30 +149,20 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         self._check_cache(past_key_values)
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        causal_mask = self._causal_mask(x_BTD, attention_mask, past_key_values, position_ids)
-        sequences = None
+        given = (x_BTD, attention_mask, past_key_values, position_ids)
+        shared = self._attention_inputs(*given)
+        signals = _signals(x_BTD, input_ids, attention_mask, task_ids)
         if self._needs_sequences:
-            sequences = sequences_of(
-                self.config, x_BTD, attention_mask, past_key_values, position_ids, causal_mask
-            )
-        if position_ids is None:
-            position_ids = _positions(x_BTD, past_key_values)
+            sequences = sequences_of(self.config, *given, shared["attention_mask"])
+            signals = signals.replace(sequences=sequences)
+        shared |= {"signals": signals, **kwargs}
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        shared = {
-            "attention_mask": causal_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-            "rotation": self.rotary_emb(x_BTD, position_ids),
-            "signals": _signals(x_BTD, input_ids, attention_mask, task_ids).replace(
-                sequences=sequences
-            ),
-            **kwargs,
-        }
+        shared["past_key_values"] = past_key_values
         carry, records = Carry(), []
         for layer in self.layers:
-            x_BTD, carry, record = layer(x_BTD, carry, **shared)
-            records += [] if record is None else [record]
+            x_BTD, carry, found = layer(x_BTD, carry, **shared)
+            records += found
         return MoEDecoderOutput(
             last_hidden_state=self.norm(x_BTD),
             past_key_values=past_key_values if use_cache else None,
@@ -178,8 +172,9 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
     @property
     def _needs_sequences(self) -> bool:
         """Whether a router looks at other tokens of its sequence."""
-        parts = (layer.mlp for layer in self.layers)
-        return any("sequences" in p.router.requires for p in parts if isinstance(p, MoE))
+        blocks = (layer for layer in self.layers if isinstance(layer, MoEDecoderLayer))
+        mixtures = (mixture for block in blocks for mixture in block.mixtures)
+        return any("sequences" in mixture.router.requires for mixture in mixtures)
 
     def _check_cache(self, cache: Cache | None) -> None:
         if cache is None or not self.config.routing_needs_past:
@@ -190,6 +185,37 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
                 "cache does not keep; pass use_cache=False"
             )
 
+    def _attention_inputs(
+        self,
+        x_BTD: Tensor,
+        attention_mask: AttentionMask,
+        cache: Cache | None,
+        positions: Tensor | None,
+    ) -> dict[str, Any]:
+        """What attention of the kinds that this model has is given, made once for all blocks."""
+        given = (x_BTD, attention_mask, cache, positions)
+        position_ids = _positions(x_BTD, cache) if positions is None else positions
+        dense = any(isinstance(layer.self_attn, MoEDecoderAttention) for layer in self.layers)
+        mixed = any(isinstance(layer.self_attn, AttentionMixture) for layer in self.layers)
+        read = dense or self._needs_sequences
+        return {
+            "attention_mask": self._causal_mask(*given) if read else None,
+            "allowed": self._allowed_keys(*given) if mixed else None,
+            "position_ids": position_ids,
+            "rotation": self.rotary_emb(x_BTD, position_ids) if dense else None,
+        }
+
+    def _allowed_keys(
+        self,
+        x_BTD: Tensor,
+        attention_mask: AttentionMask,
+        cache: Cache | None,
+        positions: Tensor | None,
+    ) -> Tensor | None:
+        if isinstance(attention_mask, dict):  # prepared by ``create_masks_for_generate``
+            return attention_mask["allowed"]
+        return allowed_keys(self.config, x_BTD, attention_mask, cache, positions)
+
     def _causal_mask(
         self,
         x_BTD: Tensor,
@@ -197,7 +223,7 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         cache: Cache | None,
         positions: Tensor | None,
     ) -> Any:
-        """What the attention implementation takes as its mask; made once for all blocks.
+        """What the attention implementation takes as its mask.
 
         Only the caller's own positions can mark packed sequences, and looking for those reads a
         flag back to the host, so positions that merely count on are not passed.
@@ -218,11 +244,10 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
 def _layers(config: MoEDecoderConfig) -> Iterable[MoEDecoderLayer]:
     previous: int | None = None
     momentum = False
-    for index, spec in enumerate(config.layer_specs):
+    for index, spec in enumerate(config.block_specs):
         yield MoEDecoderLayer(config, index, spec, previous, momentum)
-        if not isinstance(spec, FeedForwardSpec):
-            previous = spec.handed_on(previous)
-            momentum = momentum or spec.residual.tensors > 0
+        previous = spec.handed_on(previous)
+        momentum = momentum or any(part.residual.tensors > 0 for part in spec.mixtures)
 
 
 def _positions(x_BTD: Tensor, cache: Cache | None) -> Tensor:
@@ -255,3 +280,7 @@ def valid_tokens(attention_mask: AttentionMask, length: int) -> Tensor | None:
     if attention_mask is None or attention_mask.dim() != 2:
         return None
     return attention_mask[:, attention_mask.shape[1] - length :].bool()
+
+
+def _has_attention_mixture(config: MoEDecoderConfig) -> bool:
+    return any(spec is not None for spec in config.attention_specs)

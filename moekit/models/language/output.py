@@ -19,9 +19,11 @@ class MoEDecoderOutput(ModelOutput):
         last_hidden_state: normalised hidden states (B, T, D).
         past_key_values: the KV cache, with ``use_cache``.
         hidden_states: the embeddings and each block's output (B, T, D), when asked for.
-        attentions: each block's attention weights (B, heads, T, T), when asked for, eager only.
-        moe: one entry an MoE layer, from the first to the last. To save memory ``y`` is empty and
-            ``carry`` holds nothing; the hidden states hold the former, ``routing`` the logits.
+        attentions: each block's attention weights (B, heads, T, T), when asked for: of dense
+            attention eager only; of a mixture one a head and slot, those of unused slots included.
+        moe: one entry an MoE layer, from the first to the last, attention before feed-forward
+            part. To save memory ``y`` is empty and ``carry`` holds nothing; the hidden states hold
+            the former, ``routing`` the logits.
     """
 
     last_hidden_state: Tensor | None = None

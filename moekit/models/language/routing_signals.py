@@ -103,19 +103,19 @@ def _visible(mask_BATP: Tensor) -> Tensor:
     return mask_BTP > torch.finfo(mask_BTP.dtype).min / 2
 
 
+def with_memory(signals: Signals, wanted: Set[str], cache: Cache | None, index: int) -> Signals:
+    """The signals with a memory of earlier tokens at place ``index`` of the KV cache, if wanted."""
+    if "sequences" not in wanted or cache is None:
+        return signals
+    assert signals.sequences is not None
+    memory = CacheMemory(cache, index)
+    return signals.replace(sequences=signals.sequences.replace(memory=memory))
+
+
 def with_attention(
-    signals: Signals,
-    wanted: Set[str],
-    attention: MoEDecoderAttention,
-    heads: Heads,
-    cache: Cache | None,
+    signals: Signals, wanted: Set[str], attention: MoEDecoderAttention, heads: Heads
 ) -> Signals:
     """The signals of one block, with those of its attention that are ``wanted``."""
-    if "sequences" in wanted and cache is not None:
-        assert signals.sequences is not None
-        index = attention.config.num_hidden_layers + attention.layer_idx
-        memory = CacheMemory(cache, index)
-        signals = signals.replace(sequences=signals.sequences.replace(memory=memory))
     if "attention" in wanted:
         found = DotProductAttention(heads.query, heads.key, attention.scaling)
         signals = signals.replace(attention=found)
