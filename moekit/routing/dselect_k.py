@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,7 +50,9 @@ class DSelectK(RouterSpec):
 
     def check(self) -> None:
         self.require(self.k >= 1, f"k is {self.k}; a token needs at least one selector")
-        self.require(self.gamma > 0, f"gamma is {self.gamma}; wanted a positive width")
+        self.require(
+            0 < self.gamma < math.inf, f"gamma is {self.gamma}; wanted a positive finite width"
+        )
         self.require(self.entropy >= 0, f"entropy is {self.entropy}; wanted 0 or more")
         self.require(
             self.reachability >= 0, f"reachability is {self.reachability}; wanted 0 or more"

@@ -298,7 +298,13 @@ def test_initial_parameters(gamma: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"k": 0}, {"gamma": 0.0}, {"gamma": -1.0}, {"entropy": -0.1}], ids=str
+    "fields",
+    [
+        {"k": 0},
+        *({"gamma": gamma} for gamma in (0.0, -1.0, float("nan"), float("inf"))),
+        {"entropy": -0.1},
+    ],
+    ids=str,
 )
 def test_bad_values_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(SpecError, match="Comet"):

@@ -141,7 +141,12 @@ def test_initial_parameters() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"k": 0}, {"gamma": 0.0}, {"gamma": -1.0}, {"entropy": -0.1}, {"reachability": -1.0}],
+    [
+        {"k": 0},
+        *({"gamma": gamma} for gamma in (0.0, -1.0, math.nan, math.inf)),
+        {"entropy": -0.1},
+        {"reachability": -1.0},
+    ],
     ids=str,
 )
 def test_bad_values_are_refused(fields: dict[str, object]) -> None:

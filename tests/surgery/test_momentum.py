@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -94,6 +95,20 @@ def test_off_is_off_bit_for_bit(rule, kind, ids):
     before = model(ids).logits
     with attach_momentum(model, rule):
         assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_kind
+@pytest.mark.parametrize("rule", [Plain(), HeavyBall(0.0, 1.0)], ids=str)
+def test_off_changes_no_bit_of_a_gradient_either(rule, kind, dtype, ids):
+    found = []
+    for attached in (False, True):
+        model = build(kind, output_router_logits=True).to(dtype).train()
+        with attach_momentum(model, rule) if attached else contextlib.nullcontext():
+            output = model(ids, labels=ids)
+            output.loss.backward()
+        found.append([output.loss, output.logits, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*found, strict=True))
 
 
 @each_kind
