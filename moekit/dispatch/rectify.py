@@ -24,7 +24,6 @@ from moekit.dispatch.dispatch import Dispatch, DispatchSpec
 from moekit.dispatch.plan import Plan, plan_rows
 from moekit.errors import SpecError
 from moekit.experts.experts import Experts
-from moekit.experts.groups import GroupedMM
 from moekit.routing.router import ZERO_COMPUTATION, RouterSpec
 from moekit.routing.routing import Routing, count_ids
 from moekit.routing.top_k import TopK
@@ -139,7 +138,7 @@ class RectifiedDispatch(Dispatch):
         return routing if spec is None else rectify(routing, spec).routing
 
     def plan(self, routing: Routing, experts: Experts) -> Plan:
-        return plan_rows(routing, experts.dispatched_ranges, GroupedMM)
+        return plan_rows(routing, experts.dispatched_ranges, self.choice.groups)
 
 
 @dataclass(frozen=True)

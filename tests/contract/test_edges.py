@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -153,9 +154,11 @@ def test_strided_inputs_are_as_good_as_contiguous_ones() -> None:
     layer = Case(TopK(k=2), SwiGLU(count=EXPERTS, hidden=8)).layer()
     x_ND = torch.randn(8, 12).T
     assert not x_ND.is_contiguous()
-    assert torch.equal(layer(x_ND).y, layer(x_ND.contiguous()).y)
+    # The router's product may be summed in another order for another layout (MKL on AMD).
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+    close(layer(x_ND).y, layer(x_ND.contiguous()).y)
     x_BTD = torch.randn(4, 3, 8).transpose(0, 1)
-    assert torch.equal(layer(x_BTD).y, layer(x_BTD.contiguous()).y)
+    close(layer(x_BTD).y, layer(x_BTD.contiguous()).y)
 
 
 def test_a_bank_of_banks_may_hold_banks() -> None:

@@ -1,0 +1,111 @@
+"""A feed-forward bank on a plan, with a backward pass that keeps as little as it can.
+
+:func:`feed_forward` is what our own layer and transformers' models both run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from moekit.dispatch.backend import Backend, Wanted
+from moekit.dispatch.plan import Plan
+from moekit.experts.activation import Activation
+from moekit.experts.experts import FeedForward
+from moekit.experts.groups import RowGroups, autocast
+
+
+def feed_forward(x_ND: Tensor, plan: Plan, bank: FeedForward, backend: Backend | None) -> Tensor:
+    """Each token's weighted sum (N, O) of its experts' outputs.
+
+    Under autocast, operands are cast as ``torch.nn.functional.linear`` would cast them.
+
+    Args:
+        x_ND: the tokens.
+        plan: which of them each expert gets.
+        bank: the experts.
+        backend: what runs them; None for plain operations that autograd records, which compile,
+            trace and run on tensors of every kind.
+    """
+    if backend is None:
+        return composed(x_ND, plan, bank)
+    x_ND, bank = autocast(x_ND), autocast_bank(bank)
+    inputs = (x_ND, plan.weight_NK, *bank.tensors)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            call = _Call(backend, bank.activation, plan.groups, plan.every)
+            return _FeedForward.apply(*inputs, plan.assignment_R, call)  # type: ignore[no-untyped-call]
+        y_NO, _ = backend.forward(x_ND, plan, bank, keep=False)
+        return y_NO
+
+
+def composed(x_ND: Tensor, plan: Plan, bank: FeedForward) -> Tensor:
+    """The same in plain operations, one after the other; autograd keeps what each of them needs."""
+    inner_RJ = plan.groups.linear(plan.gather(x_ND), bank.up_EJD, bank.up_bias_EJ)
+    outer_RH = bank.activation(inner_RJ)
+    return plan.combine(plan.groups.linear(outer_RH, bank.down_EOH, bank.down_bias_EO))
+
+
+def autocast_bank(bank: FeedForward) -> FeedForward:
+    """The bank in the dtype that autocast asks for, if it is on."""
+    names = ("up_EJD", "down_EOH", "up_bias_EJ", "down_bias_EO")
+    cast = {n: None if t is None else autocast(t) for n, t in zip(names, bank.tensors, strict=True)}
+    return dataclasses.replace(bank, **cast)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a pass needs beside tensors."""
+
+    backend: Backend
+    activation: Activation
+    groups: RowGroups
+    every: bool
+
+
+class _FeedForward(torch.autograd.Function):
+    """Keeps the tokens, the first product's output and the plan; the parameters are alive anyway."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x_ND, weight_NK, up, down, up_bias, down_bias, assignment_R, call
+    ) -> Tensor:
+        plan = Plan(assignment_R, weight_NK, call.groups, call.every)
+        bank = FeedForward(up, down, up_bias, down_bias, call.activation)
+        y_NO, inner = call.backend.forward(x_ND, plan, bank, keep=True)
+        ctx.call = call
+        ctx.save_for_backward(x_ND, weight_NK, up, down, up_bias, down_bias, assignment_R, *inner)
+        return y_NO
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_NO: Tensor) -> Any:  # type: ignore[override]
+        *inputs, assignment_R = ctx.saved_tensors[:7]  # type: ignore[attr-defined]
+        inner = list(ctx.saved_tensors[7:])  # type: ignore[attr-defined]
+        x_ND, weight_NK, *tensors = inputs
+        call: _Call = ctx.call  # type: ignore[attr-defined]
+        plan = Plan(assignment_R, weight_NK, call.groups, call.every)
+        bank = FeedForward(*tensors, call.activation)
+        wanted = Wanted(*ctx.needs_input_grad[:6])  # type: ignore[attr-defined]
+        with torch.autocast(x_ND.device.type, enabled=False):
+            if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
+                y_NO = composed(x_ND, plan, bank)
+                return (*_differentiable(y_NO, inputs, grad_NO, wanted), None, None)
+            found = call.backend.backward(grad_NO, x_ND, plan, bank, inner, wanted)
+        return (*found, None, None)
+
+
+def _differentiable(
+    y_NO: Tensor, inputs: list[Tensor], grad_NO: Tensor, wanted: Iterable[bool]
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again."""
+    asked = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(
+        torch.autograd.grad(y_NO, asked, grad_NO, create_graph=True, materialize_grads=True)
+    )
+    return [next(found) if want else None for want in wanted]
