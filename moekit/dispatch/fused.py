@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,21 @@ def feed_forward(x_ND: Tensor, plan: Plan, bank: FeedForward, backend: Backend |
         return y_NO
 
 
-def composed(x_ND: Tensor, plan: Plan, bank: FeedForward) -> Tensor:
-    """The same in plain operations, one after the other; autograd keeps what each of them needs."""
+def composed(
+    x_ND: Tensor,
+    plan: Plan,
+    bank: FeedForward,
+    after: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The same in plain operations, one after the other; autograd keeps what each of them needs.
+
+    Args:
+        after: applied to the rows (R, O) that come out of the experts, such as a norm.
+    """
     inner_RJ = plan.groups.linear(plan.gather(x_ND), bank.up_EJD, bank.up_bias_EJ)
     outer_RH = bank.activation(inner_RJ)
-    return plan.combine(plan.groups.linear(outer_RH, bank.down_EOH, bank.down_bias_EO))
+    out_RO = plan.groups.linear(outer_RH, bank.down_EOH, bank.down_bias_EO)
+    return plan.combine(out_RO if after is None else after(out_RO))
 
 
 def autocast_bank(bank: FeedForward) -> FeedForward:
@@ -70,42 +80,51 @@ class _Call:
 
 
 class _FeedForward(torch.autograd.Function):
-    """Keeps the tokens, the first product's output and the plan; the parameters are alive anyway."""
+    """Keeps the tokens, the first product's output and the plan; parameters are alive anyway."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx, x_ND, weight_NK, up, down, up_bias, down_bias, assignment_R, call
     ) -> Tensor:
-        plan = Plan(assignment_R, weight_NK, call.groups, call.every)
-        bank = FeedForward(up, down, up_bias, down_bias, call.activation)
-        y_NO, inner = call.backend.forward(x_ND, plan, bank, keep=True)
+        inputs = [x_ND, weight_NK, up, down, up_bias, down_bias]
+        y_NO, inner = call.backend.forward(*_arguments(inputs, assignment_R, call), keep=True)
         ctx.call = call
-        ctx.save_for_backward(x_ND, weight_NK, up, down, up_bias, down_bias, assignment_R, *inner)
+        ctx.save_for_backward(*inputs, assignment_R, *inner)
         return y_NO
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_NO: Tensor) -> Any:  # type: ignore[override]
-        *inputs, assignment_R = ctx.saved_tensors[:7]  # type: ignore[attr-defined]
-        inner = list(ctx.saved_tensors[7:])  # type: ignore[attr-defined]
-        x_ND, weight_NK, *tensors = inputs
+        saved = list(ctx.saved_tensors)  # type: ignore[attr-defined]
+        inputs, assignment_R, inner = saved[:6], saved[6], saved[7:]
         call: _Call = ctx.call  # type: ignore[attr-defined]
-        plan = Plan(assignment_R, weight_NK, call.groups, call.every)
-        bank = FeedForward(*tensors, call.activation)
         wanted = Wanted(*ctx.needs_input_grad[:6])  # type: ignore[attr-defined]
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with torch.autocast(grad_NO.device.type, enabled=False):
             if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
-                y_NO = composed(x_ND, plan, bank)
-                return (*_differentiable(y_NO, inputs, grad_NO, wanted), None, None)
+                return (*_differentiable(inputs, assignment_R, call, grad_NO, wanted), None, None)
+            x_ND, plan, bank = _arguments(inputs, assignment_R, call)
             found = call.backend.backward(grad_NO, x_ND, plan, bank, inner, wanted)
         return (*found, None, None)
 
 
+def _arguments(
+    inputs: list[Tensor], assignment_R: Tensor, call: _Call
+) -> tuple[Tensor, Plan, FeedForward]:
+    x_ND, weight_NK, *tensors = inputs
+    plan = Plan(assignment_R, weight_NK, call.groups, call.every)
+    return x_ND, plan, FeedForward(*tensors, call.activation)
+
+
 def _differentiable(
-    y_NO: Tensor, inputs: list[Tensor], grad_NO: Tensor, wanted: Iterable[bool]
+    inputs: list[Tensor], assignment_R: Tensor, call: _Call, grad_NO: Tensor, wanted: Wanted
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated again."""
-    asked = [t for t, want in zip(inputs, wanted, strict=True) if want]
-    found = iter(
-        torch.autograd.grad(y_NO, asked, grad_NO, create_graph=True, materialize_grads=True)
-    )
+    """Gradients that can be differentiated again.
+
+    They are taken at views of the inputs, because one input may be made from another, as combine
+    weights are from tokens, and a gradient must not pass through that.
+    """
+    views = [None if t is None else t.view_as(t) for t in inputs]
+    y_NO = composed(*_arguments(views, assignment_R, call))  # type: ignore[arg-type]
+    asked = [t for t, want in zip(views, wanted, strict=True) if t is not None and want]
+    gradients = torch.autograd.grad(y_NO, asked, grad_NO, create_graph=True, materialize_grads=True)
+    found = iter(gradients)
     return [next(found) if want else None for want in wanted]
