@@ -85,6 +85,8 @@ class GroupedMM(RowGroups):
     def product(self, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
         if not fits_grouped_mm(rows_RI, weight_EOI):
             return super().product(rows_RI, weight_EOI)
+        if not torch.is_grad_enabled():  # without the cost of an autograd function
+            return _grouped_mm(rows_RI, weight_EOI.mT, self.end_E)
         return _GroupedMM.apply(rows_RI, weight_EOI, self.end_E)  # type: ignore[no-untyped-call]
 
     def weight_gradient(self, grad_RO: Tensor, rows_RI: Tensor) -> Tensor:
@@ -149,19 +151,21 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, rows_RI: Tensor, weight_EOI: Tensor, end_E: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RI, weight_EOI, end_E)
-        rows_RI = rows_RI.contiguous()
-        return torch.nn.functional.grouped_mm(rows_RI, weight_EOI.transpose(1, 2), offs=end_E)
+        return _grouped_mm(rows_RI, weight_EOI.mT, end_E)
 
     @staticmethod
     def backward(ctx, grad_RO):  # type: ignore[no-untyped-def]
         rows_RI, weight_EOI, end_E = ctx.saved_tensors
-        grad_RO = grad_RO.contiguous()
         grad_rows_RI = grad_weight_EOI = None
         if ctx.needs_input_grad[0]:
-            grad_rows_RI = torch.nn.functional.grouped_mm(grad_RO, weight_EOI, offs=end_E)
+            grad_rows_RI = _grouped_mm(grad_RO, weight_EOI, end_E)
         if ctx.needs_input_grad[1]:
             grad_weight_EOI = _weight_gradient(grad_RO, rows_RI, end_E)
         return grad_rows_RI, grad_weight_EOI, None
+
+
+def _grouped_mm(rows_RI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
+    return torch.nn.functional.grouped_mm(rows_RI.contiguous(), weight_EIO, offs=end_E)
 
 
 def _weight_gradient(grad_RO: Tensor, rows_RI: Tensor, end_E: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from moekit.measure.report.curves import (
 )
 from moekit.measure.report.page import Report
 from moekit.measure.report.routing import RoutedModel, plain_routing, routing_sections
+from moekit.measure.report.speed import speed_ratios
 from moekit.measure.report.style import SeriesStyle, Styles, series_styles
 
 __all__ = [
@@ -66,4 +67,5 @@ __all__ = [
     "routing_sections",
     "series_styles",
     "sparsity_and_penalty",
+    "speed_ratios",
 ]
