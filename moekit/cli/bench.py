@@ -24,7 +24,7 @@ from moekit.measure.zero_computation_bench import time_zero_computation
 
 EXAMPLES = """\
   moekit bench layer --quick
-  moekit bench layer --tokens 16,2048 --experts 64 --k 8 --width 2048 --hidden 1024
+  moekit bench layer --tokens 16,2048 --experts 64 --k 8 --dtypes bfloat16
 """
 MODES = {"forward": (False,), "training": (True,), "both": (False, True)}
 

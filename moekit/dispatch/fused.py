@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +63,14 @@ def composed(
 
 def autocast_bank(bank: FeedForward) -> FeedForward:
     """The bank in the dtype that autocast asks for, if it is on."""
-    names = ("up_EJD", "down_EOH", "up_bias_EJ", "down_bias_EO")
-    cast = {n: None if t is None else autocast(t) for n, t in zip(names, bank.tensors, strict=True)}
-    return dataclasses.replace(bank, **cast)
+    up_bias_EJ, down_bias_EO = bank.up_bias_EJ, bank.down_bias_EO
+    return FeedForward(
+        autocast(bank.up_EJD),
+        autocast(bank.down_EOH),
+        None if up_bias_EJ is None else autocast(up_bias_EJ),
+        None if down_bias_EO is None else autocast(down_bias_EO),
+        bank.activation,
+    )
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class _FeedForward(torch.autograd.Function):
         return y_NO
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_NO: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad_NO: Tensor) -> Any:
         saved = list(ctx.saved_tensors)  # type: ignore[attr-defined]
         inputs, assignment_R, inner = saved[:6], saved[6], saved[7:]
         call: _Call = ctx.call  # type: ignore[attr-defined]
@@ -107,15 +111,15 @@ class _FeedForward(torch.autograd.Function):
 
 
 def _arguments(
-    inputs: list[Tensor], assignment_R: Tensor, call: _Call
+    inputs: Sequence[Any], assignment_R: Tensor, call: _Call
 ) -> tuple[Tensor, Plan, FeedForward]:
-    x_ND, weight_NK, *tensors = inputs
+    x_ND, weight_NK, up, down, up_bias, down_bias = inputs
     plan = Plan(assignment_R, weight_NK, call.groups, call.every)
-    return x_ND, plan, FeedForward(*tensors, call.activation)
+    return x_ND, plan, FeedForward(up, down, up_bias, down_bias, call.activation)
 
 
 def _differentiable(
-    inputs: list[Tensor], assignment_R: Tensor, call: _Call, grad_NO: Tensor, wanted: Wanted
+    inputs: Sequence[Any], assignment_R: Tensor, call: _Call, grad_NO: Tensor, wanted: Wanted
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again.
 
@@ -123,7 +127,7 @@ def _differentiable(
     weights are from tokens, and a gradient must not pass through that.
     """
     views = [None if t is None else t.view_as(t) for t in inputs]
-    y_NO = composed(*_arguments(views, assignment_R, call))  # type: ignore[arg-type]
+    y_NO = composed(*_arguments(views, assignment_R, call))
     asked = [t for t, want in zip(views, wanted, strict=True) if t is not None and want]
     gradients = torch.autograd.grad(y_NO, asked, grad_NO, create_graph=True, materialize_grads=True)
     found = iter(gradients)

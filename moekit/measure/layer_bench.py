@@ -134,7 +134,8 @@ class LayerBench:
         scores_NE = torch.rand(shape.tokens, shape.experts, generator=generator)
         weight_NK, self.expert_NK = (t.to(device) for t in scores_NE.topk(shape.k))
         self.weight_NK = (weight_NK / weight_NK.sum(-1, keepdim=True)).to(dtype)
-        self.theirs = _of_transformers(self.bank, shape)
+        self._config = _config(shape)
+        self.theirs = _of_transformers(self.bank, self._config)
         self.dense = [
             nn.Parameter(torch.randn(out, inner, device=device, dtype=dtype) * inner**-0.5)
             for out, inner in _dense_sizes(shape)
@@ -236,7 +237,7 @@ class LayerBench:
 
     def _theirs(self, backend: str) -> Run:
         def run(x_ND: Tensor, weight_NK: Tensor) -> Tensor:
-            self.theirs.config._experts_implementation = backend
+            self._config._experts_implementation = backend
             y_ND: Tensor = self.theirs(x_ND, self.expert_NK, weight_NK)
             return y_ND
 
@@ -251,17 +252,21 @@ class LayerBench:
         return (F.silu(gate_NH) * up_NH) @ self.dense[1].T
 
 
-def _of_transformers(bank: FeedForwardExperts, shape: LayerShape) -> MixtralExperts:
-    """transformers' module on the same parameters."""
-    config = MixtralConfig(
+def _config(shape: LayerShape) -> MixtralConfig:
+    return MixtralConfig(
         hidden_size=shape.width,
         intermediate_size=shape.hidden,
         num_local_experts=shape.experts,
         hidden_act="silu",
     )
+
+
+def _of_transformers(bank: FeedForwardExperts, config: MixtralConfig) -> MixtralExperts:
+    """transformers' module on the same parameters."""
     with torch.device("meta"):
         module = MixtralExperts(config)
-    module.gate_up_proj, module.down_proj = bank.up_weight, bank.down_proj
+    module.gate_up_proj = bank.get_parameter(bank.up_name)
+    module.down_proj = bank.down_proj
     return module
 
 

@@ -128,11 +128,10 @@ def _times(timings: Sequence[LayerTiming], names: Sequence[str]) -> Table:
         Column("limit"),
         *(Column(name, "ms", ".3g") for name in names),
     ]
-    rows: list[list[Cell]] = [
-        [str(t.shape), t.ratio, t.share, t.bound]
-        + [1e3 * t.seconds[n] if n in t.seconds else None for n in names]
-        for t in timings
-    ]
+    rows: list[list[Cell]] = []
+    for t in timings:
+        times = (t.seconds.get(name) for name in names)
+        rows.append([str(t.shape), t.ratio, t.share, t.bound, *(_scaled(s, 1e-3) for s in times)])
     return Table(columns, rows, "Median times")
 
 
