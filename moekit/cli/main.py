@@ -12,7 +12,7 @@ import typer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import moekit
-from moekit.cli import compare, generate, systems, train
+from moekit.cli import bench, compare, generate, systems, train
 from moekit.cli import inspect as inspection
 from moekit.compare.run import first_line
 from moekit.errors import MoekitError
@@ -45,14 +45,19 @@ def build() -> typer.Typer:
     ) -> None:
         """Sparse mixture-of-experts models: compare designs on your text, train, inspect."""
 
-    def add(name: str, command: Callable[..., None], examples: str) -> None:
-        app.command(name, help=_flowing(command), epilog=f"Examples:\n{examples}")(command)
+    def add(
+        name: str, command: Callable[..., None], examples: str, under: typer.Typer = app
+    ) -> None:
+        under.command(name, help=_flowing(command), epilog=f"Examples:\n{examples}")(command)
 
     add("compare", compare.compare_command, compare.EXAMPLES)
     add("train", train.train_command, train.EXAMPLES)
     add("inspect", inspection.inspect_command, inspection.EXAMPLES)
     add("generate", generate.generate_command, generate.EXAMPLES)
     add("systems", systems.systems_command, systems.SYSTEMS_EXAMPLES)
+    benches = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+    app.add_typer(benches, name="bench")
+    add("layer", bench.layer_command, bench.EXAMPLES, benches)
     add("reproduce", systems.reproduce_command, systems.REPRODUCE_EXAMPLES)
     return app
 

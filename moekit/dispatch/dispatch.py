@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moekit.dispatch.capacity import Priority, capacities, limit
+from moekit.dispatch.choice import BackendName, Choice
+from moekit.dispatch.fused import feed_forward
 from moekit.dispatch.plan import Plan, plan_places, plan_rows
 from moekit.experts.experts import Experts, ExpertsSpec, Run
-from moekit.experts.groups import GroupedMM, RowGroups
 from moekit.routing.router import RouterSpec
 from moekit.routing.routing import Routing
 from moekit.spec import Spec
@@ -58,7 +59,15 @@ class DispatchSpec(Spec):
 
 
 class Dispatch(nn.Module):
-    """Base of every dispatch: limit the routing, plan the rows, run the bank, combine."""
+    """Base of every dispatch: limit the routing, plan the rows, run the bank, combine.
+
+    Args:
+        backend: what runs banks of feed-forward experts, see :class:`Dropless`.
+    """
+
+    def __init__(self, backend: BackendName = "auto") -> None:
+        super().__init__()
+        self.choice = Choice(backend)
 
     def forward(
         self, x_ND: Tensor, routing: Routing, experts: Experts, between: Between | None = None
@@ -73,17 +82,25 @@ class Dispatch(nn.Module):
         parts, rows_E = [], routing.expert_NK.new_zeros(experts.dispatched)
         if experts.dispatched:
             plan = self.plan(routing, experts)
-            rows_RD = plan.gather(x_ND)
             if between is None:
-                parts.append(plan.combine(self.bank(plan, experts)(rows_RD, plan.groups)))
+                parts.append(self._run(x_ND, plan, experts))
             else:
-                parts.append(_around(between, experts, plan.compact(), rows_RD))
+                parts.append(_around(between, experts, plan.compact(), plan.gather(x_ND)))
             rows_E = self.rows(plan)
         if experts.dispatched < len(experts.kinds):
             direct = experts.direct(x_ND, routing.dense_weight_NE())
             parts += [] if direct is None else [direct]
         y_ND = _sum(parts) if parts else x_ND.new_zeros(x_ND.shape[0], experts.out_width)
         return Dispatched(y_ND, rows_E, routing)
+
+    def _run(self, x_ND: Tensor, plan: Plan, experts: Experts) -> Tensor:
+        """The dispatched experts' part of the output."""
+        run = self.bank(plan, experts)
+        tensors = experts.feed_forward() if run is experts else None
+        backend = None if tensors is None else self.choice.backend(x_ND, plan, tensors)
+        if tensors is None or backend is None:
+            return plan.combine(run(plan.gather(x_ND), plan.groups))
+        return feed_forward(x_ND, plan, tensors, backend)
 
     def limited(self, routing: Routing, experts: Experts) -> Routing:
         """The assignments that are kept, each in its own slot; further slots may follow."""
@@ -107,11 +124,16 @@ class Dropless(DispatchSpec):
     """Every assignment is run, each expert on just its own rows (MegaBlocks' dropless MoE).
 
     Attributes:
-        backend: ``grouped_mm`` uses ``torch.nn.functional.grouped_mm`` where it takes the dtype
-            and sizes and the loop elsewhere; ``loop`` is one product an expert, the oracle.
+        backend: what runs a bank of feed-forward experts. ``streamed`` takes one expert after
+            another, and ``few_rows`` is for a handful of rows an expert, as in decoding; both for
+            CPUs. ``grouped_mm`` takes all rows at once through
+            ``torch.nn.functional.grouped_mm``, or the loop where that does not take the dtype or
+            sizes. ``loop`` is one plain product an expert, the oracle. ``auto`` chooses among the
+            first three by device, dtype and shape, and logs its choice. Other banks run through
+            grouped products or the loop. Results agree to rounding.
     """
 
-    backend: Literal["grouped_mm", "loop"] = "grouped_mm"
+    backend: BackendName = "auto"
 
     def build(self) -> Dispatch:
         return DroplessDispatch(self)
@@ -121,11 +143,10 @@ class DroplessDispatch(Dispatch):
     """The module of :class:`Dropless`."""
 
     def __init__(self, spec: Dropless) -> None:
-        super().__init__()
-        self.groups: type[RowGroups] = GroupedMM if spec.backend == "grouped_mm" else RowGroups
+        super().__init__(spec.backend)
 
     def plan(self, routing: Routing, experts: Experts) -> Plan:
-        return plan_rows(routing, experts.dispatched_ranges, self.groups)
+        return plan_rows(routing, experts.dispatched_ranges, self.choice.groups)
 
 
 @dataclass(frozen=True)
@@ -200,7 +221,7 @@ class CapacityDispatch(Dispatch):
 
     def plan(self, routing: Routing, experts: Experts) -> Plan:
         if not self.spec.pad or self.factor is None:
-            return plan_rows(routing, experts.dispatched_ranges, GroupedMM)
+            return plan_rows(routing, experts.dispatched_ranges, self.choice.groups)
         places = self.capacity(routing, experts, self.factor)
         start = experts.dispatched_ranges[0][0]
         return plan_places(routing, experts.dispatched_ranges, places[start])

@@ -86,13 +86,14 @@ class Plan:
         return self._combine_some(rows_RD)
 
     def _combine_every(self, rows_RD: Tensor) -> Tensor:
-        """Back to token order, then one small product a token: deterministic on every device."""
+        """Back to token order, then a sum over slots: deterministic on every device."""
         tokens, slots = self.weight_NK.shape
+        dtype = torch.promote_types(rows_RD.dtype, torch.float32)
         place_R = torch.empty_like(self.assignment_R)
         place_R[self.assignment_R] = torch.arange(len(place_R), device=place_R.device)
         rows_NKD = rows_RD.index_select(0, place_R).unflatten(0, (tokens, slots))
-        weight_N1K = self.weight_NK[:, None, :].to(rows_RD.dtype)
-        return torch.bmm(weight_N1K, rows_NKD).squeeze(1)
+        weighted_NKD = rows_NKD.to(dtype) * self.weight_NK[..., None].to(dtype)
+        return weighted_NKD.sum(1).to(rows_RD.dtype)
 
     def _combine_some(self, rows_RD: Tensor) -> Tensor:
         """Add rows into their tokens; on CUDA the order of additions is not fixed."""

@@ -26,7 +26,6 @@ from moekit.dispatch.dispatch import Dispatch, DispatchSpec
 from moekit.dispatch.plan import Plan, plan_rows
 from moekit.errors import SpecError
 from moekit.experts.experts import Experts
-from moekit.experts.groups import GroupedMM
 from moekit.routing.router import ZERO_COMPUTATION, RouterSpec
 from moekit.routing.routing import Routing, count_ids, queue_positions
 from moekit.routing.token_graph import TokenGraph
@@ -163,7 +162,7 @@ class RectifiedDispatch(Dispatch):
         return rectify(routing, spec, ranges=experts.dispatched_ranges).routing
 
     def plan(self, routing: Routing, experts: Experts) -> Plan:
-        return plan_rows(routing, experts.dispatched_ranges, GroupedMM)
+        return plan_rows(routing, experts.dispatched_ranges, self.choice.groups)
 
 
 @dataclass(frozen=True)

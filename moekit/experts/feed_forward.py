@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moekit.experts.experts import Experts, ExpertsSpec
+from moekit.experts.activation import Activation, Gated, GatedSiLU
+from moekit.experts.experts import Experts, ExpertsSpec, FeedForward
 from moekit.experts.groups import RowGroups
 
 
@@ -50,6 +51,13 @@ class FeedForwardSpec(ExpertsSpec):
 
     def out_width(self, width: int) -> int:
         return self.out or width
+
+    @classmethod
+    def between(cls) -> Activation:
+        """What stands between the two products."""
+        if not cls.gated:
+            return Activation(cls.activation)
+        return GatedSiLU() if cls.activation is F.silu else Gated(cls.activation)
 
     def parameters_E(self, width: int) -> tuple[int, ...]:
         out, inner = self.out_width(width), self.hidden * (2 if self.gated else 1)
@@ -96,6 +104,7 @@ class FeedForwardExperts(Experts):
         out = spec.out_width(width)
         super().__init__(spec.expert_kinds(), width, out)
         self.spec = spec
+        self.activate = spec.between()
         inner = spec.hidden * (2 if spec.gated else 1)
         up = nn.Parameter(torch.empty(spec.count, inner, width))
         self.register_parameter(self.up_name, up)
@@ -127,10 +136,9 @@ class FeedForwardExperts(Experts):
         inner = groups.linear(rows_RD, self.up_weight, self.up_bias)
         return groups.linear(self.activate(inner), self.down_proj, self.down_bias)
 
-    def activate(self, inner: Tensor) -> Tensor:
-        """The activation (R, H) of the first projection's output."""
-        activation = type(self.spec).activation
-        if not self.spec.gated:
-            return activation(inner)
-        gate_RH, up_RH = inner.chunk(2, dim=-1)
-        return activation(gate_RH) * up_RH
+    def feed_forward(self) -> FeedForward | None:
+        if not self.runs_as(FeedForwardExperts):
+            return None
+        return FeedForward(
+            self.up_weight, self.down_proj, self.up_bias, self.down_bias, self.activate
+        )

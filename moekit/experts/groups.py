@@ -49,14 +49,19 @@ class RowGroups:
 
         Under autocast, operands are cast as ``torch.nn.functional.linear`` would cast them.
         """
-        out_RO = self.product(_autocast(rows_RI), _autocast(weight_EOI))
-        return out_RO if bias_EO is None else out_RO + self.of_row(_autocast(bias_EO))
+        out_RO = self.product(autocast(rows_RI), autocast(weight_EOI))
+        return out_RO if bias_EO is None else out_RO + self.of_row(autocast(bias_EO))
 
     def product(self, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
         """The grouped product without bias."""
         parts = rows_RI.split(self.sizes)
         weights = weight_EOI.unbind(0)
         return torch.cat([part @ w.T for part, w in zip(parts, weights, strict=True)])
+
+    def weight_gradient(self, grad_RO: Tensor, rows_RI: Tensor) -> Tensor:
+        """The gradient (E, O, I) of the weights of :meth:`product`."""
+        parts = zip(grad_RO.split(self.sizes), rows_RI.split(self.sizes), strict=True)
+        return torch.stack([grad.T @ rows for grad, rows in parts])
 
     def of_row(self, value_EX: Tensor) -> Tensor:
         """Each row's own expert's entry of ``value_EX``, (R, X)."""
@@ -68,12 +73,26 @@ class GroupedMM(RowGroups):
 
     def __init__(self, count_E: Tensor) -> None:
         super().__init__(count_E)
-        self.end_E = count_E.cumsum(0, dtype=torch.int32)  # as grouped_mm wants them
+        self._end_E: Tensor | None = None
+
+    @property
+    def end_E(self) -> Tensor:
+        """Where each expert's rows end, as grouped_mm wants it."""
+        if self._end_E is None:
+            self._end_E = self.count_E.cumsum(0, dtype=torch.int32)
+        return self._end_E
 
     def product(self, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
         if not fits_grouped_mm(rows_RI, weight_EOI):
             return super().product(rows_RI, weight_EOI)
+        if not torch.is_grad_enabled():  # without the cost of an autograd function
+            return _grouped_mm(rows_RI, weight_EOI.mT, self.end_E)
         return _GroupedMM.apply(rows_RI, weight_EOI, self.end_E)  # type: ignore[no-untyped-call]
+
+    def weight_gradient(self, grad_RO: Tensor, rows_RI: Tensor) -> Tensor:
+        if not (_fits(grad_RO, grad_RO.shape[1]) and _fits(rows_RI, rows_RI.shape[1])):
+            return super().weight_gradient(grad_RO, rows_RI)
+        return _weight_gradient(grad_RO, rows_RI, self.end_E)
 
 
 class PaddedGroups(RowGroups):
@@ -111,15 +130,16 @@ def fits_grouped_mm(rows_RI: Tensor, weight_EOI: Tensor) -> bool:
     It wants float32, bfloat16 or float16 and row strides of a multiple of 16 bytes; tracing with
     fake tensors accepts bfloat16 only (torch 2.13), so float32 under ``torch.compile`` loops.
     """
+    same = rows_RI.dtype == weight_EOI.dtype
+    return same and all(_fits(rows_RI, width) for width in weight_EOI.shape[1:])
+
+
+def _fits(tensor: Tensor, width: int) -> bool:
+    """Whether grouped_mm takes the tensor's dtype on its device, and rows of ``width``."""
     allowed = {torch.float32, torch.bfloat16, torch.float16}
-    if rows_RI.device.type == "cuda":
+    if tensor.device.type == "cuda" or torch.compiler.is_compiling():
         allowed = {torch.bfloat16}
-    if rows_RI.dtype not in allowed or rows_RI.dtype != weight_EOI.dtype:
-        return False
-    if torch.compiler.is_compiling() and rows_RI.dtype != torch.bfloat16:
-        return False
-    unit = 16 // rows_RI.element_size()
-    return weight_EOI.shape[1] % unit == 0 and weight_EOI.shape[2] % unit == 0
+    return tensor.dtype in allowed and width % (16 // tensor.element_size()) == 0
 
 
 class _GroupedMM(torch.autograd.Function):
@@ -131,24 +151,29 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, rows_RI: Tensor, weight_EOI: Tensor, end_E: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RI, weight_EOI, end_E)
-        rows_RI = rows_RI.contiguous()
-        return torch.nn.functional.grouped_mm(rows_RI, weight_EOI.transpose(1, 2), offs=end_E)
+        return _grouped_mm(rows_RI, weight_EOI.mT, end_E)
 
     @staticmethod
     def backward(ctx, grad_RO):  # type: ignore[no-untyped-def]
         rows_RI, weight_EOI, end_E = ctx.saved_tensors
-        grad_RO = grad_RO.contiguous()
         grad_rows_RI = grad_weight_EOI = None
         if ctx.needs_input_grad[0]:
-            grad_rows_RI = torch.nn.functional.grouped_mm(grad_RO, weight_EOI, offs=end_E)
+            grad_rows_RI = _grouped_mm(grad_RO, weight_EOI, end_E)
         if ctx.needs_input_grad[1]:
-            grad_weight_EOI = torch.nn.functional.grouped_mm(
-                grad_RO.T, rows_RI.contiguous(), offs=end_E
-            )
+            grad_weight_EOI = _weight_gradient(grad_RO, rows_RI, end_E)
         return grad_rows_RI, grad_weight_EOI, None
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def _grouped_mm(rows_RI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
+    return torch.nn.functional.grouped_mm(rows_RI.contiguous(), weight_EIO, offs=end_E)
+
+
+def _weight_gradient(grad_RO: Tensor, rows_RI: Tensor, end_E: Tensor) -> Tensor:
+    return torch.nn.functional.grouped_mm(grad_RO.contiguous().T, rows_RI.contiguous(), offs=end_E)
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that autocast asks for, if it is on; float64 stays as it is."""
     device = tensor.device.type
     if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
         return tensor

@@ -8,9 +8,11 @@ from moekit.measure.flops import count_flops
 from moekit.measure.fluctuation import Fluctuation, routing_fluctuation
 from moekit.measure.information import RoutingInformation, routing_information
 from moekit.measure.inspect import CheckpointStructure, inspect_checkpoint
+from moekit.measure.layer_bench import LayerBench, LayerShape, LayerTiming, grid
 from moekit.measure.memory import PeakMemory
 from moekit.measure.observe import Observation, observe, routing_statistics
 from moekit.measure.parameters import ParameterCounts, parameter_counts
+from moekit.measure.roofline import Limits, interleaved
 from moekit.measure.statistics import LayerStatistics, ModelStatistics
 from moekit.measure.structure import LayerStructure
 from moekit.measure.token_types import TOKEN_TYPES, token_texts, token_type
@@ -22,6 +24,7 @@ from moekit.measure.tokens import (
     TypeUse,
     token_routing,
 )
+from moekit.measure.zero_computation_bench import ZeroComputationTiming, time_zero_computation
 
 __all__ = [
     "TOKEN_TYPES",
@@ -31,8 +34,12 @@ __all__ = [
     "ExpertTokens",
     "Fluctuation",
     "GroupUse",
+    "LayerBench",
+    "LayerShape",
     "LayerStatistics",
     "LayerStructure",
+    "LayerTiming",
+    "Limits",
     "ModelStatistics",
     "Observation",
     "ParameterCounts",
@@ -41,14 +48,18 @@ __all__ = [
     "TokenRouting",
     "TokenUse",
     "TypeUse",
+    "ZeroComputationTiming",
     "compare_expert_phase",
     "count_flops",
+    "grid",
     "inspect_checkpoint",
+    "interleaved",
     "observe",
     "parameter_counts",
     "routing_fluctuation",
     "routing_information",
     "routing_statistics",
+    "time_zero_computation",
     "token_routing",
     "token_texts",
     "token_type",

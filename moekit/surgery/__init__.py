@@ -1,5 +1,6 @@
 """Changes to a model that is already trained."""
 
+from moekit.surgery.experts_backend import register_experts
 from moekit.surgery.extend import extend_modules, train_new_modules
 from moekit.surgery.fold_tasks import fold_tasks
 from moekit.surgery.momentum import AttachedMomentum, attach_momentum
@@ -17,6 +18,7 @@ __all__ = [
     "fold_tasks",
     "module_usage",
     "prune_modules",
+    "register_experts",
     "train_new_modules",
     "upcycle",
 ]

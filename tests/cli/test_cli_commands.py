@@ -23,7 +23,15 @@ from moekit.cli.main import build
 from moekit.cli.systems import _measures
 from moekit.systems import baselines, systems
 
-COMMANDS = ("compare", "train", "inspect", "generate", "systems", "reproduce")
+COMMANDS = (
+    "compare",
+    "train",
+    "inspect",
+    "generate",
+    "systems",
+    "reproduce",
+    "bench layer",
+)
 
 
 def strict(text: str) -> Any:
@@ -44,7 +52,7 @@ def test_help_has_examples_on_lines_of_their_own(
     command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    shown = CliRunner().invoke(build(), [command, "--help"])
+    shown = CliRunner().invoke(build(), [*command.split(), "--help"])
     assert shown.exit_code == 0
     lines = [line.strip() for line in shown.output.splitlines()]
     examples = lines[lines.index("Examples:") + 1 :]
@@ -59,7 +67,7 @@ def test_help_has_examples_on_lines_of_their_own(
 def test_examples_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option in an example is one that the command has."""
     monkeypatch.setenv("COLUMNS", "200")
-    shown = CliRunner().invoke(build(), [command, "--help"]).output
+    shown = CliRunner().invoke(build(), [*command.split(), "--help"]).output
     options, _, examples = shown.partition("Examples:")
     for word in examples.split():
         if word.startswith("--") and word != "--nproc-per-node":
@@ -69,7 +77,7 @@ def test_examples_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_common_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     for command in COMMANDS:
-        shown = CliRunner().invoke(build(), [command, "--help"]).output
+        shown = CliRunner().invoke(build(), [*command.split(), "--help"]).output
         wanted = (
             ["--json"] if command == "systems" else ["--json", "--seed", "--device", "--output"]
         )
@@ -341,3 +349,16 @@ def test_a_process_with_a_mistake(tmp_path: Path) -> None:
     assert ended.stderr.startswith("moekit: 'topkk' is no design")
     assert ended.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_layer(moekit: Moekit, tmp_path: Path) -> None:
+    sizes = "--tokens 3,9 --experts 4 --k 2 --width 16 --hidden 8 --dtypes float32 --repeats 1"
+    folder = tmp_path / "bench"
+    ended = moekit("bench", "layer", "--json", "--output", str(folder), *sizes.split())
+    assert ended.code == 0, ended.err
+    found = strict(ended.out)
+    shapes = [timing["shape"] for timing in found["timings"]]
+    assert [(shape["tokens"], shape["experts"]) for shape in shapes] == [(3, 4)] * 2 + [(9, 4)] * 2
+    assert found["machine"]["torch"] == torch.__version__
+    assert files(folder) == ["layer.json", "report.html"]
+    assert strict((folder / "layer.json").read_text("utf-8")) == found

@@ -377,3 +377,23 @@ def test_inspect_of_a_model_without_routers(moekit: Moekit, tiny: list[str], tex
 def test_reproduce(moekit: Moekit, tmp_path: Path, name: str, said: str) -> None:
     assert said in moekit("reproduce", name).sentence
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--tokens=0", "wanted numbers of at least 1"),
+        ("--tokens=4,x", "--tokens has 'x'"),
+        ("--tokens=4 --experts=2 --k=3", "--k is 3"),
+        ("--tokens=4 --width=0", "--width is 0"),
+        ("--dtypes=float64", "known: float32, bfloat16, float16"),
+        ("--dtypes=", "--dtypes is empty"),
+        ("--mode=backward", "wanted one of forward, training, both"),
+        ("--device=tpu", "there is no device 'tpu'"),
+    ],
+)
+def test_bench(moekit: Moekit, tmp_path: Path, options: str, said: str) -> None:
+    folder = tmp_path / "bench"
+    ended = moekit("bench", "layer", "--output", str(folder), *options.split())
+    assert said in ended.sentence
+    assert not folder.exists()

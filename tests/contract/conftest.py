@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moekit.dispatch import few_rows, streamed
 from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
 
 
@@ -38,4 +39,13 @@ def products(monkeypatch: pytest.MonkeyPatch) -> ProductCounter:
 
     for kind in (RowGroups, GroupedMM, PaddedGroups):
         watch(kind)
+
+    one_expert = few_rows.product
+
+    def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        counter.rows.append(rows.shape[0])
+        return one_expert(rows, weight)
+
+    for module in (few_rows, streamed):
+        monkeypatch.setattr(module, "product", product)
     return counter

@@ -158,7 +158,13 @@ BANKS: dict[str, tuple[ExpertsSpec, ...]] = {
 
 PADDED = Capacity(factor=1.0, eval_factor=1.0, priority="position", pad=True)
 DISPATCHES: dict[str, tuple[DispatchSpec, ...]] = {
-    "Dropless": (Dropless(), Dropless(backend="loop")),
+    "Dropless": (
+        Dropless(),
+        Dropless(backend="loop"),
+        Dropless(backend="grouped_mm"),
+        Dropless(backend="streamed"),
+        Dropless(backend="few_rows"),
+    ),
     "Capacity": (
         Capacity(factor=1.0, eval_factor=1.0),
         Capacity(factor=0.7, eval_factor=0.7, priority="score", tau=0.5),

@@ -38,6 +38,7 @@ from moekit.measure.report.routing import (
     plain_routing,
     routing_sections,
 )
+from moekit.measure.report.speed import speed_ratios
 from moekit.measure.report.style import SeriesStyle, Styles, series_styles
 
 __all__ = [
@@ -72,4 +73,5 @@ __all__ = [
     "routing_sections",
     "series_styles",
     "sparsity_and_penalty",
+    "speed_ratios",
 ]

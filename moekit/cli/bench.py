@@ -1,0 +1,175 @@
+"""``moekit bench``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from moekit.cli import options as opt
+from moekit.compare.machine import machine
+from moekit.compare.record import write_json
+from moekit.errors import SpecError
+from moekit.measure.layer_bench import OURS, LayerBench, LayerShape, LayerTiming, grid
+from moekit.measure.layer_bench_report import report, results
+from moekit.measure.roofline import Limits
+from moekit.measure.zero_computation_bench import time_zero_computation
+
+EXAMPLES = """\
+  moekit bench layer --quick
+  moekit bench layer --tokens 16,2048 --experts 64 --k 8 --dtypes bfloat16
+"""
+MODES = {"forward": (False,), "training": (True,), "both": (False, True)}
+
+
+def layer_command(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two small layers at few sizes: under a minute.")
+    ] = False,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Rows, comma-separated, of one layer in place of the whole grid."),
+    ] = None,
+    experts: opt.Experts = 32,
+    k: opt.TopKOption = 4,
+    width: opt.Width = 512,
+    hidden: opt.Hidden = 512,
+    dtypes: Annotated[
+        str, typer.Option(help="Comma-separated: float32, bfloat16, float16.")
+    ] = "float32,bfloat16",
+    mode: Annotated[str, typer.Option(help="forward, training (with backward) or both.")] = "both",
+    all_backends: Annotated[
+        bool, typer.Option("--all-backends", help="Time each of our backends, not our choice only.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Timed turns of each contender.", min=1)] = 9,
+    threads: Annotated[int, typer.Option(help="Threads; 0 for torch's default.", min=0)] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for the report and the results.")] = Path(
+        "moekit-bench"
+    ),
+    seed: opt.Seed = 0,
+    device: opt.Device = "auto",
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Time the MoE layer against transformers' backends and a dense layer of equal FLOPs.
+
+    All contenders take turns on the same weights, tokens and routing. The report has medians,
+    ratios, the share of this machine's measured limits, and memory. Run it on a machine that does
+    nothing else; a grid of large layers needs about 10 GB of memory.
+    """
+    where = torch.device(opt.device_of(device))
+    shapes = _shapes(quick, tokens, experts, k, width, hidden, _dtypes(dtypes))
+    modes = _modes(mode)
+    opt.require_writable(output)
+    if threads:
+        torch.set_num_threads(threads)
+    console = Console(stderr=True, quiet=quiet)
+    limits = {name: Limits.measure(where, getattr(torch, name)) for name in _dtypes(dtypes)}
+    timings = []
+    for timing in _timings(shapes, modes, limits, where, repeats, seed, all_backends):
+        timings.append(timing)
+        console.print(_line(timing), highlight=False, markup=False)
+    tokens_of_zero = 512 if quick else 2048
+    zero = time_zero_computation(where, tokens=tokens_of_zero, repeats=repeats, seed=seed)
+    found = results(timings, limits, zero, machine(str(where)))
+    write_json(output / "layer.json", found)
+    page = report(timings, limits, zero, machine(str(where)), "moekit bench layer")
+    page.write(output / "report.html")
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    _show(timings)
+    typer.echo(page.lead)
+    typer.echo(f"Report: {output / 'report.html'}")
+    typer.echo(f"Results: {output / 'layer.json'}")
+
+
+def _timings(
+    shapes: list[LayerShape],
+    modes: tuple[bool, ...],
+    limits: dict[str, Limits],
+    device: torch.device,
+    repeats: int,
+    seed: int,
+    all_backends: bool,
+) -> Iterator[LayerTiming]:
+    for shape in shapes:
+        bench = LayerBench(shape, device, seed)
+        for training in modes:
+            names = set(bench.contenders(training))
+            if not all_backends:
+                names -= set(OURS) - {"moekit"}
+            yield bench.time(limits[shape.dtype], training, repeats, names)
+
+
+def _shapes(
+    quick: bool,
+    tokens: str | None,
+    experts: int,
+    k: int,
+    width: int,
+    hidden: int,
+    dtypes: list[str],
+) -> list[LayerShape]:
+    if tokens is None:
+        return grid(quick, dtypes)
+    if k > experts:
+        raise SpecError(f"--k is {k} and there are {experts} experts; k is at most that")
+    for name, value in (("experts", experts), ("k", k), ("width", width), ("hidden", hidden)):
+        if value < 1:
+            raise SpecError(f"--{name} is {value}; wanted at least 1")
+    sizes = [_positive(text) for text in tokens.split(",")]
+    return [LayerShape(n, experts, k, width, hidden, d) for d in dtypes for n in sizes]
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise SpecError(f"--tokens has {text!r}; wanted numbers of at least 1, comma-separated")
+    return int(text)
+
+
+def _dtypes(names: str) -> list[str]:
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in ("float32", "bfloat16", "float16"):
+            raise SpecError(f"--dtypes has {name!r}; known: float32, bfloat16, float16")
+    if not wanted:
+        raise SpecError("--dtypes is empty; give one, such as float32")
+    return wanted
+
+
+def _modes(mode: str) -> tuple[bool, ...]:
+    if mode not in MODES:
+        raise SpecError(f"--mode is {mode!r}; wanted one of {', '.join(MODES)}")
+    return MODES[mode]
+
+
+def _line(timing: LayerTiming) -> str:
+    mode = "training" if timing.training else "forward"
+    return (
+        f"{timing.shape} {mode}: {1e3 * timing.seconds['moekit']:.3g} ms, "
+        f"{timing.ratio:.2f} times transformers, {timing.share:.0%} of the {timing.bound} limit"
+    )
+
+
+def _show(timings: list[LayerTiming]) -> None:
+    table = Table("shape", "mode", title="Speed of the MoE layer", box=box.SIMPLE_HEAD)
+    for name in ("ms", "times\ntransformers", "of the\nlimit", "limit"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for t in timings:
+        table.add_row(
+            str(t.shape),
+            "training" if t.training else "forward",
+            f"{1e3 * t.seconds['moekit']:.3g}",
+            f"{t.ratio:.2f}",
+            f"{t.share:.0%}",
+            t.bound,
+        )
+    Console(highlight=False).print(table)

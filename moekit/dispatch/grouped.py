@@ -1,0 +1,121 @@
+"""All rows at once, through grouped products: for accelerators, and many small experts."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moekit.dispatch.backend import (
+    Backend,
+    Gradients,
+    Wanted,
+    row_dots,
+    row_weights,
+    slot_gradient,
+)
+from moekit.dispatch.plan import Plan
+from moekit.experts.experts import FeedForward
+from moekit.experts.groups import RowGroups
+
+
+class Grouped(Backend):
+    """The backend of ``Dropless(backend="grouped_mm")``; which product, the plan's groups say."""
+
+    name: ClassVar[str] = "grouped_mm"
+
+    def product(self, groups: RowGroups, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
+        """The grouped product, outside autograd."""
+        return groups.product(rows_RI, weight_EOI)
+
+    def forward(
+        self, x_ND: Tensor, plan: Plan, bank: FeedForward, keep: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        groups = plan.groups
+        inner_RJ = self.product(groups, x_ND.index_select(0, plan.token_R), bank.up_EJD)
+        if bank.up_bias_EJ is not None:
+            inner_RJ.add_(groups.of_row(bank.up_bias_EJ))
+        activation = bank.activation if keep else bank.activation.consume
+        out_RO = self.product(groups, activation(inner_RJ), bank.down_EOH)
+        if bank.down_bias_EO is not None:
+            out_RO.add_(groups.of_row(bank.down_bias_EO))
+        return _sum(out_RO, plan, weighted=True), [inner_RJ] if keep else []
+
+    def backward(
+        self,
+        grad_NO: Tensor,
+        x_ND: Tensor,
+        plan: Plan,
+        bank: FeedForward,
+        inner: list[Tensor],
+        wanted: Wanted,
+    ) -> Gradients:
+        groups, weight_R1 = plan.groups, row_weights(plan)[:, None]
+        rows_RO = grad_NO.index_select(0, plan.token_R)
+        back_RH = self.product(groups, rows_RO, bank.down_EOH.mT)
+        outer_RH, pull = bank.activation.pull_back(inner[0])
+        found = Gradients()
+        if wanted.weight:
+            grad_R = row_dots(back_RH, outer_RH)
+            if bank.down_bias_EO is not None:
+                grad_R = grad_R + row_dots(rows_RO, groups.of_row(bank.down_bias_EO))
+            found = found._replace(weight_NK=slot_gradient(grad_R, plan))
+        if wanted.down:
+            scaled_RH = torch.mul(outer_RH, weight_R1, out=torch.empty_like(outer_RH))
+            found = found._replace(down_EOH=groups.weight_gradient(rows_RO, scaled_RH))
+        if wanted.down_bias:
+            scaled_RO = rows_RO * weight_R1.to(rows_RO.dtype)
+            found = found._replace(down_bias_EO=_per_expert(scaled_RO, plan))
+        if wanted.x or wanted.up or wanted.up_bias:
+            found = self._first(pull(back_RH.mul_(weight_R1)), x_ND, plan, bank, wanted, found)
+        return found
+
+    def _first(
+        self,
+        back_RJ: Tensor,
+        x_ND: Tensor,
+        plan: Plan,
+        bank: FeedForward,
+        wanted: Wanted,
+        found: Gradients,
+    ) -> Gradients:
+        """The gradients before the activation, added to those that were found."""
+        groups = plan.groups
+        if wanted.up:
+            rows_RD = x_ND.index_select(0, plan.token_R)
+            found = found._replace(up_EJD=groups.weight_gradient(back_RJ, rows_RD))
+        if wanted.up_bias:
+            found = found._replace(up_bias_EJ=_per_expert(back_RJ, plan))
+        if wanted.x:
+            rows_RD = self.product(groups, back_RJ, bank.up_EJD.mT)
+            found = found._replace(x_ND=_sum(rows_RD, plan, weighted=False))
+        return found
+
+
+def _sum(rows_RX: Tensor, plan: Plan, *, weighted: bool) -> Tensor:
+    """Each token's sum (N, X) of its rows, in their dtype; accumulated in at least float32."""
+    weight_NK = plan.weight_NK
+    if plan.every:
+        place_R = torch.empty_like(plan.assignment_R)
+        place_R[plan.assignment_R] = torch.arange(len(place_R), device=place_R.device)
+        scale_NK = weight_NK.to(rows_RX.dtype) if weighted else None
+        place_NK = place_R.view_as(weight_NK)
+        return F.embedding_bag(place_NK, rows_RX, mode="sum", per_sample_weights=scale_NK)
+    dtype = torch.promote_types(rows_RX.dtype, torch.float32)
+    summed_RX = rows_RX.to(dtype)
+    if weighted:
+        summed_RX = summed_RX * row_weights(plan)[:, None].to(dtype)
+    total_NX = summed_RX.new_zeros(weight_NK.shape[0], rows_RX.shape[1])
+    return total_NX.index_add_(0, plan.token_R, summed_RX).to(rows_RX.dtype)
+
+
+def _per_expert(rows_RX: Tensor, plan: Plan) -> Tensor:
+    """The sum of each expert's rows, (E, X)."""
+    count_E = plan.groups.count_E
+    expert_E = torch.arange(len(count_E), device=count_E.device)
+    expert_R = expert_E.repeat_interleave(count_E, output_size=rows_RX.shape[0])
+    dtype = torch.promote_types(rows_RX.dtype, torch.float32)
+    total_EX = torch.zeros(len(count_E), rows_RX.shape[1], dtype=dtype, device=rows_RX.device)
+    return total_EX.index_add_(0, expert_R, rows_RX.to(dtype)).to(rows_RX.dtype)

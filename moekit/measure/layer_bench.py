@@ -1,0 +1,308 @@
+"""The speed of an MoE layer at one shape, against transformers' backends and a dense layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from moekit.dispatch import Dropless
+from moekit.experts import FeedForwardExperts, SwiGLU
+from moekit.measure.memory import PeakMemory
+from moekit.measure.roofline import Limits, interleaved
+from moekit.routing import Routing
+
+OURS = {"moekit": "auto"} | {
+    f"moekit {name}": name for name in ("streamed", "few_rows", "grouped_mm", "loop")
+}
+THEIRS = {f"transformers {name}": name for name in ("eager", "batched_mm", "grouped_mm")}
+DENSE = "dense of equal FLOPs"
+RECOMPUTED = "transformers grouped_mm, recomputed"
+# Bytes of weights beyond which batched_mm, which copies an expert a row, is left out.
+LARGEST_COPY = 2**31
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One point of the grid.
+
+    Attributes:
+        tokens, experts, k, width, hidden: N, E, K, D and H of SwiGLU experts.
+        dtype: name of a torch dtype.
+    """
+
+    tokens: int
+    experts: int
+    k: int
+    width: int
+    hidden: int
+    dtype: str = "float32"
+
+    @property
+    def flops(self) -> float:
+        """Operations of the forward products."""
+        return 6.0 * self.tokens * self.k * self.width * self.hidden
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of one expert's weights."""
+        return 3.0 * self.width * self.hidden * getattr(torch, self.dtype).itemsize
+
+    def __str__(self) -> str:
+        return (
+            f"N={self.tokens} E={self.experts} k={self.k} "
+            f"D={self.width} H={self.hidden} {self.dtype}"
+        )
+
+
+@dataclass(frozen=True)
+class LayerTiming:
+    """One shape, forward alone or with backward.
+
+    Attributes:
+        shape: which.
+        training: whether the backward pass is in it.
+        seconds: median time of each contender.
+        peak_bytes: memory that each one's run added at its highest.
+        saved_bytes: bytes a token kept for the backward pass, weights left out; training only.
+        least_seconds: the machine's limit for this work: operations at the rate of a large
+            product, or weights (and in training their gradients) at the rate of reading memory.
+        bound: which of the two it is, ``compute`` or ``memory``.
+    """
+
+    shape: LayerShape
+    training: bool
+    seconds: dict[str, float]
+    peak_bytes: dict[str, int]
+    saved_bytes: dict[str, float]
+    least_seconds: float
+    bound: str
+
+    @property
+    def best_other(self) -> float:
+        """Time of the fastest backend of transformers."""
+        return min(time for name, time in self.seconds.items() if name in THEIRS)
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as that we are."""
+        return self.best_other / self.seconds["moekit"]
+
+    @property
+    def share(self) -> float:
+        """Share of the machine's limit that we reach."""
+        return self.least_seconds / self.seconds["moekit"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self) | {"ratio": self.ratio, "share": self.share}
+
+
+Run = Callable[[Tensor, Tensor], Tensor]
+
+
+class LayerBench:
+    """All contenders at one shape, on the same weights, tokens and routing.
+
+    The router is not in it: every contender is given ids and weights. Tokens choose experts
+    uniformly at random.
+
+    Args:
+        shape: the sizes.
+        device: where to run.
+        seed: of weights, tokens and routing.
+    """
+
+    def __init__(self, shape: LayerShape, device: torch.device, seed: int = 0) -> None:
+        self.shape, self.device = shape, device
+        generator = torch.Generator().manual_seed(seed)
+        dtype = getattr(torch, shape.dtype)
+        self.bank = SwiGLU(count=shape.experts, hidden=shape.hidden).build(shape.width)
+        with torch.no_grad():
+            for parameter in self.bank.parameters():
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        self.bank.to(device, dtype)
+        self.x_ND = torch.randn(shape.tokens, shape.width, generator=generator).to(device, dtype)
+        scores_NE = torch.rand(shape.tokens, shape.experts, generator=generator)
+        weight_NK, self.expert_NK = (t.to(device) for t in scores_NE.topk(shape.k))
+        self.weight_NK = (weight_NK / weight_NK.sum(-1, keepdim=True)).to(dtype)
+        self._config = _config(shape)
+        self.theirs = _of_transformers(self.bank, self._config)
+        self.dense = [
+            nn.Parameter(torch.randn(out, inner, device=device, dtype=dtype) * inner**-0.5)
+            for out, inner in _dense_sizes(shape)
+        ]
+
+    def contenders(self, training: bool, names: Iterable[str] | None = None) -> dict[str, Run]:
+        """What is compared, by name; each maps tokens (N, D) and weights (N, K) to outputs."""
+        found: dict[str, Run] = {name: self._ours(backend) for name, backend in OURS.items()}
+        copied = self.shape.tokens * self.shape.k * self.shape.weight_bytes
+        for name, backend in THEIRS.items():
+            if backend != "batched_mm" or copied <= LARGEST_COPY:
+                found[name] = self._theirs(backend)
+        if training:
+            found[RECOMPUTED] = self._recomputed
+        found[DENSE] = self._dense
+        return found if names is None else {n: run for n, run in found.items() if n in set(names)}
+
+    def time(
+        self, limits: Limits, training: bool, repeats: int, names: Iterable[str] | None = None
+    ) -> LayerTiming:
+        """Time all contenders, which take turns, and measure the memory of each."""
+        contenders = self.contenders(training, names)
+        runs = {name: self._call(run, training) for name, run in contenders.items()}
+        seconds = interleaved(runs, self.device, repeats)
+        least, bound = limits.least_seconds(*self._work(training))
+        saved = {name: self.saved_bytes(run) for name, run in contenders.items() if training}
+        return LayerTiming(
+            self.shape,
+            training,
+            seconds,
+            {name: self._peak(run) for name, run in runs.items()},
+            {name: count / self.shape.tokens for name, count in saved.items()},
+            least,
+            bound,
+        )
+
+    def saved_bytes(self, run: Run) -> int:
+        """Bytes that autograd keeps for the backward pass of ``run``, parameters left out."""
+        held: dict[int, int] = {}
+        parameters = {p.data_ptr() for p in (*self.bank.parameters(), *self.dense)}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x_ND, weight_NK = self._leaves()
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            y_ND = run(x_ND, weight_NK)
+        del y_ND
+        return sum(held.values())
+
+    def _work(self, training: bool) -> tuple[float, float]:
+        """Operations and bytes: each expert with rows is read once forward, and backward once;
+        every expert's gradient is written once."""
+        used = len(self.expert_NK.unique())
+        read = used * self.shape.weight_bytes
+        written = self.shape.experts * self.shape.weight_bytes
+        if training:
+            return 3 * self.shape.flops, 2 * read + written
+        return self.shape.flops, read
+
+    def _leaves(self) -> tuple[Tensor, Tensor]:
+        return self.x_ND.clone().requires_grad_(), self.weight_NK.clone().requires_grad_()
+
+    def _call(self, run: Run, training: bool) -> Callable[[], Tensor | None]:
+        if not training:
+            return lambda: self._inference(run)
+        cotangent = torch.randn_like(self.x_ND)
+
+        def step() -> None:
+            for parameter in (*self.bank.parameters(), *self.dense):
+                parameter.grad = None
+            run(*self._leaves()).backward(cotangent)
+
+        return step
+
+    @torch.no_grad()
+    def _inference(self, run: Run) -> Tensor:
+        return run(self.x_ND, self.weight_NK)
+
+    def _peak(self, run: Callable[[], Tensor | None]) -> int:
+        with PeakMemory(self.device) as before:
+            pass
+        with PeakMemory(self.device) as during:
+            run()
+        return max(during.bytes - before.bytes, 0)
+
+    def _ours(self, backend: str) -> Run:
+        dispatch = Dropless(backend=backend).build()  # type: ignore[arg-type]  # one of ours
+
+        def run(x_ND: Tensor, weight_NK: Tensor) -> Tensor:
+            routing = Routing(self.expert_NK, weight_NK, self.shape.experts, full=True)
+            y_ND: Tensor = dispatch(x_ND, routing, self.bank).y_ND
+            return y_ND
+
+        return run
+
+    def _theirs(self, backend: str) -> Run:
+        def run(x_ND: Tensor, weight_NK: Tensor) -> Tensor:
+            self._config._experts_implementation = backend
+            y_ND: Tensor = self.theirs(x_ND, self.expert_NK, weight_NK)
+            return y_ND
+
+        return run
+
+    def _recomputed(self, x_ND: Tensor, weight_NK: Tensor) -> Tensor:
+        y_ND: Tensor = checkpoint(self._theirs("grouped_mm"), x_ND, weight_NK, use_reentrant=False)
+        return y_ND
+
+    def _dense(self, x_ND: Tensor, weight_NK: Tensor) -> Tensor:
+        gate_NH, up_NH = (x_ND @ self.dense[0].T).chunk(2, dim=-1)
+        return (F.silu(gate_NH) * up_NH) @ self.dense[1].T
+
+
+def _config(shape: LayerShape) -> MixtralConfig:
+    return MixtralConfig(
+        hidden_size=shape.width,
+        intermediate_size=shape.hidden,
+        num_local_experts=shape.experts,
+        hidden_act="silu",
+    )
+
+
+def _of_transformers(bank: FeedForwardExperts, config: MixtralConfig) -> MixtralExperts:
+    """transformers' module on the same parameters."""
+    with torch.device("meta"):
+        module = MixtralExperts(config)
+    module.gate_up_proj = bank.get_parameter(bank.up_name)
+    module.down_proj = bank.down_proj
+    return module
+
+
+def _dense_sizes(shape: LayerShape) -> tuple[tuple[int, int], tuple[int, int]]:
+    hidden = shape.k * shape.hidden
+    return (2 * hidden, shape.width), (shape.width, hidden)
+
+
+SMALL = LayerShape(0, 8, 2, 128, 256)
+MIDDLE = LayerShape(0, 32, 4, 512, 512)
+OLMOE = LayerShape(0, 64, 8, 2048, 1024)
+QWEN3 = LayerShape(0, 128, 8, 2048, 768)
+DECODE, PREFILL = (1, 4, 16, 64), (512, 2048, 8192)
+
+
+def grid(quick: bool = False, dtypes: Iterable[str] = ("float32", "bfloat16")) -> list[LayerShape]:
+    """The shapes of the committed results, small ones first.
+
+    Two small layers at decoding and prefill sizes, and the layers of OLMoE-7B and Qwen3-30B-A3B at
+    decoding sizes and a prefill of 512; ``quick`` takes the two small ones at few sizes.
+    """
+    return list(_grid(quick, tuple(dtypes)))
+
+
+def _grid(quick: bool, dtypes: tuple[str, ...]) -> Iterator[LayerShape]:
+    layers = (
+        ((SMALL, (1, 16, 512)), (MIDDLE, (1, 16, 512)))
+        if quick
+        else (
+            (SMALL, DECODE + PREFILL),
+            (MIDDLE, DECODE + PREFILL),
+            (OLMOE, (*DECODE, 512)),
+            (QWEN3, (*DECODE, 512)),
+        )
+    )
+    for layer, sizes in layers:
+        for dtype in dtypes:
+            for tokens in sizes:
+                yield LayerShape(tokens, layer.experts, layer.k, layer.width, layer.hidden, dtype)

@@ -1,0 +1,75 @@
+"""The limits of a machine, measured, and the least time that a layer's work takes within them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one machine can do, as torch reaches it.
+
+    Attributes:
+        flops: floating-point operations a second of a large square product.
+        bandwidth: bytes a second at which a large tensor is read.
+    """
+
+    flops: float
+    bandwidth: float
+
+    @classmethod
+    def measure(cls, device: torch.device, dtype: torch.dtype, size: int | None = None) -> Limits:
+        """Best of several large products, and of several passes over memory.
+
+        Args:
+            size: side of the product; by default 1024 on a CPU and 8192 elsewhere.
+        """
+        size = size or (1024 if device.type == "cpu" else 8192)
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        block = torch.ones(16 * size * size, device=device)
+        product = min(seconds(lambda: a @ b, device) for _ in range(10))
+        reading = min(seconds(lambda: block.sum(), device) for _ in range(10))
+        return cls(2 * size**3 / product, block.numel() * block.element_size() / reading)
+
+    def least_seconds(self, flops: float, bytes_moved: float) -> tuple[float, str]:
+        """The time that work takes at least, and which limit binds: ``compute`` or ``memory``."""
+        compute, memory = flops / self.flops, bytes_moved / self.bandwidth
+        return (compute, "compute") if compute >= memory else (memory, "memory")
+
+
+def seconds(run: Callable[[], Tensor | None], device: torch.device) -> float:
+    """Wall-clock time of one call; the device is waited for."""
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    runs: dict[str, Callable[[], Tensor | None]], device: torch.device, repeats: int
+) -> dict[str, float]:
+    """The median time of each run; they take turns, and another one goes first each time.
+
+    A machine that warms up or slows down is thus unfair to none. One untimed round goes before.
+    """
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    names = list(runs)
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            found[name].append(seconds(runs[name], device))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

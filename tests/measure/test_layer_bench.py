@@ -1,0 +1,125 @@
+"""The layer benchmark: contenders agree, memory and limits are what they say, the page is made."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from moekit.measure import Limits, grid, interleaved
+from moekit.measure.layer_bench import DENSE, OURS, RECOMPUTED, THEIRS, LayerBench, LayerShape
+from moekit.measure.layer_bench_report import geometric_mean, report, results
+from moekit.measure.zero_computation_bench import VANILLA, time_zero_computation
+
+CPU = torch.device("cpu")
+SHAPE = LayerShape(tokens=12, experts=4, k=2, width=16, hidden=24)
+LIMITS = Limits(flops=1e9, bandwidth=1e9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_contenders_compute_the_same(dtype: str) -> None:
+    """All but the dense layer, which stands for its cost alone."""
+    bench = LayerBench(LayerShape(12, 4, 2, 16, 24, dtype), CPU)
+    found = bench.contenders(training=True)
+    assert set(found) == {*OURS, *THEIRS, RECOMPUTED, DENSE}
+    wanted = found["moekit loop"](bench.x_ND, bench.weight_NK)
+    tolerance = {"float32": 1e-5, "bfloat16": 3e-2}[dtype]
+    for name, run in found.items():
+        if name != DENSE:
+            y_ND = run(bench.x_ND, bench.weight_NK)
+            torch.testing.assert_close(y_ND, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_the_dense_layer_has_the_same_operations() -> None:
+    bench = LayerBench(SHAPE, CPU)
+    multiply_adds = SHAPE.tokens * sum(weight.numel() for weight in bench.dense)
+    assert 2 * multiply_adds == SHAPE.flops
+
+
+def test_a_copy_of_every_weight_is_left_out_where_it_would_fill_the_memory() -> None:
+    large = LayerShape(tokens=8192, experts=2, k=2, width=256, hidden=256)
+    assert large.tokens * large.k * large.weight_bytes > 2**31
+    assert "transformers batched_mm" not in LayerBench(large, CPU).contenders(training=False)
+
+
+def test_a_timing_says_what_was_kept_and_which_limit_binds() -> None:
+    bench = LayerBench(SHAPE, CPU)
+    timing = bench.time(LIMITS, training=True, repeats=1)
+    assert set(timing.seconds) == set(timing.peak_bytes) == set(timing.saved_bytes)
+    assert all(value > 0 for value in timing.seconds.values())
+    rows = SHAPE.k  # a token
+    ours = 4 * (SHAPE.width + 2 * SHAPE.hidden * rows + rows) + 8 * rows
+    assert timing.saved_bytes["moekit"] == ours
+    assert timing.saved_bytes["transformers grouped_mm"] > 2 * ours
+    assert timing.saved_bytes[RECOMPUTED] < ours
+    assert timing.bound == "compute"
+    assert timing.least_seconds == pytest.approx(3 * SHAPE.flops / 1e9)
+    assert timing.ratio == timing.best_other / timing.seconds["moekit"]
+
+
+def test_memory_binds_where_rows_are_few() -> None:
+    bench = LayerBench(LayerShape(1, 4, 2, 16, 24), CPU)
+    timing = bench.time(LIMITS, training=False, repeats=1, names=["moekit", *THEIRS])
+    assert timing.bound == "memory"
+    assert timing.least_seconds == pytest.approx(2 * 3 * 16 * 24 * 4 / 1e9)  # two experts, once
+    assert timing.saved_bytes == {}
+
+
+def test_limits_are_measured() -> None:
+    limits = Limits.measure(CPU, torch.float32, size=64)
+    assert limits.flops > 0
+    assert limits.bandwidth > 0
+    assert limits.least_seconds(limits.flops, 0) == (1.0, "compute")
+    assert limits.least_seconds(0, 2 * limits.bandwidth) == (2.0, "memory")
+
+
+def test_runs_take_turns_and_another_goes_first_each_time() -> None:
+    order: list[str] = []
+    interleaved({n: lambda n=n: order.append(n) for n in "abc"}, CPU, repeats=3)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+
+
+def test_the_grid_covers_decoding_and_prefill() -> None:
+    shapes = grid()
+    assert len(set(shapes)) == len(shapes)
+    assert {shape.dtype for shape in shapes} == {"float32", "bfloat16"}
+    assert {shape.tokens for shape in shapes} >= {1, 64, 512, 8192}
+    assert {shape.experts for shape in shapes} >= {8, 128}
+    assert len(grid(quick=True)) < len(shapes) / 3
+
+
+def test_zero_computation_rows_fall_with_tau() -> None:
+    found = time_zero_computation(CPU, width=8, hidden=8, tokens=400, taus=(1.0, 0.1), repeats=1)
+    assert [timing.name for timing in found] == [VANILLA, "MoE++ 8+4, τ=1", "MoE++ 8+4, τ=0.1"]
+    rows = [timing.rows_per_token for timing in found]
+    assert rows[0] == 2.0
+    assert 1.2 < rows[1] < 1.5  # 8 of 12 alike, twice
+    assert rows[2] < 0.5
+    assert found[0].forward_ratio == found[0].training_ratio == 1.0
+
+
+def test_results_and_page(tmp_path: Path) -> None:
+    bench = LayerBench(SHAPE, CPU)
+    timings = [bench.time(LIMITS, training, repeats=1) for training in (False, True)]
+    zero = time_zero_computation(CPU, width=8, hidden=8, tokens=16, taus=(1.0,), repeats=1)
+    found = results(timings, {"float32": LIMITS}, zero, {"device": "a machine"})
+    again = json.loads(json.dumps(found))
+    assert again["timings"][0]["shape"]["tokens"] == 12
+    assert again["geometric_mean_ratio"]["forward"] == pytest.approx(timings[0].ratio)
+    page = report(timings, {"float32": LIMITS}, zero, {"device": "a machine"}, "moekit bench layer")
+    html = page.write(tmp_path / "report.html").read_text("utf-8")
+    for text in ("a machine", "transformers grouped_mm", "MoE++ 8+4", "KiB a token", "<svg"):
+        assert text in html
+    assert "geometric mean of 1 shapes" in page.lead
+
+
+def test_the_geometric_mean() -> None:
+    bench = LayerBench(SHAPE, CPU)
+    timing = bench.time(LIMITS, training=False, repeats=1, names=["moekit", *THEIRS])
+    assert geometric_mean([]) is None
+    mean = geometric_mean([timing, timing])
+    assert mean is not None
+    assert math.isclose(mean, timing.ratio)
