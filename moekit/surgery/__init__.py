@@ -5,7 +5,7 @@ from moekit.surgery.extend import extend_modules, train_new_modules
 from moekit.surgery.fold_tasks import fold_tasks
 from moekit.surgery.momentum import AttachedMomentum, attach_momentum
 from moekit.surgery.null_experts import add_null_experts
-from moekit.surgery.prune import prune_modules
+from moekit.surgery.prune_modules import prune_modules
 from moekit.surgery.upcycle import upcycle
 from moekit.surgery.usage import ModuleUsage, module_usage
 
