@@ -3,5 +3,16 @@
 from moekit.surgery.momentum import AttachedMomentum, attach_momentum
 from moekit.surgery.null_experts import add_null_experts
 from moekit.surgery.upcycle import upcycle
+from moekit.surgery.view import BlockView, block_views
+from moekit.surgery.weights import ExpertWeights, RouterWeights
 
-__all__ = ["AttachedMomentum", "add_null_experts", "attach_momentum", "upcycle"]
+__all__ = [
+    "AttachedMomentum",
+    "BlockView",
+    "ExpertWeights",
+    "RouterWeights",
+    "add_null_experts",
+    "attach_momentum",
+    "block_views",
+    "upcycle",
+]
