@@ -75,15 +75,20 @@ def inspect_checkpoint(path_or_name: str | Path) -> CheckpointStructure:
         raise CheckpointError(
             f"{name} is not a folder; give the folder of a checkpoint, or a name on the hub"
         )
-    config = _config(name, is_local)
-    model = _without_weights(name, config)
+    config = read_config(name, is_local)
+    model = model_without_weights(name, config)
     stored = read_folder(Path(name)) if is_local else _hub_headers(name)
     structure = _structure(os.fspath(path_or_name), model, stored)
     _check_complete(structure, config)
     return structure
 
 
-def _config(name: str, is_local: bool) -> PreTrainedConfig:
+def read_config(name: str, is_local: bool) -> PreTrainedConfig:
+    """The config of a folder or of a model on the hub.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
     path = Path(name) / "config.json"
     if is_local and not path.is_file():
         raise CheckpointError(f"{name} has no config.json; give the folder of a checkpoint")
@@ -92,11 +97,15 @@ def _config(name: str, is_local: bool) -> PreTrainedConfig:
     except Exception as error:  # whatever a damaged or foreign config leads to
         where = path if is_local else name
         wanted = "" if is_local else "; is the name right, and the hub within reach?"
-        raise CheckpointError(f"{where} cannot be read: {_sentence(error)}{wanted}") from None
+        raise CheckpointError(f"{where} cannot be read: {first_sentence(error)}{wanted}") from None
 
 
-def _without_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the ``meta`` device."""
+def model_without_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that a config describes, on the ``meta`` device.
+
+    Raises:
+        CheckpointError: the config contradicts itself; the message begins with ``name``.
+    """
     try:
         with torch.device("meta"):
             model_class = _model_class(config)
@@ -105,7 +114,7 @@ def _without_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
             return model_class(config)
     except Exception as error:  # a config can contradict itself in as many ways as models check
         raise CheckpointError(
-            f"{name}: its config.json does not make a model: {_sentence(error)}"
+            f"{name}: its config.json does not make a model: {first_sentence(error)}"
         ) from None
 
 
@@ -123,7 +132,7 @@ def _hub_headers(name: str) -> list[StoredTensor]:
         files = huggingface_hub.get_safetensors_metadata(name).files_metadata.values()
     except Exception as error:
         raise CheckpointError(
-            f"the weights of {name} cannot be read from the hub: {_sentence(error)}"
+            f"the weights of {name} cannot be read from the hub: {first_sentence(error)}"
         ) from None
     return [
         StoredTensor(key, t.dtype, tuple(t.shape), t.data_offsets[1] - t.data_offsets[0])
@@ -164,7 +173,7 @@ def _check_complete(structure: CheckpointStructure, config: PreTrainedConfig) ->
         )
 
 
-def _sentence(error: Exception) -> str:
-    """The first line of a foreign error."""
+def first_sentence(error: Exception) -> str:
+    """The first line of a foreign error, to put into one of ours."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

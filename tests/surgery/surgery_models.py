@@ -54,7 +54,7 @@ LATENT: dict[str, Any] = {
 }
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": lambda: MixtralConfig(
-        **COMMON, intermediate_size=12, num_local_experts=8, num_experts_per_tok=2
+        **COMMON, intermediate_size=16, num_local_experts=8, num_experts_per_tok=2
     ),
     "qwen2_moe": lambda: Qwen2MoeConfig(
         **COMMON,
@@ -131,9 +131,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         ),
     ),
     "moekit_ungated": lambda: own_config(
-        MoESpec(TopK(k=2, normalize="none"), GELU(count=8, hidden=12, bias=True)),
-        MoESpec(TopK(k=2, scale=2.0, groups=2, top_groups=1), GELU(count=8, hidden=12)),
-        MoESpec(TopK(k=1), GELU(count=8, hidden=12)),
+        MoESpec(TopK(k=2, normalize="none"), GELU(count=8, hidden=16, bias=True)),
+        MoESpec(TopK(k=2, scale=2.0, groups=2, top_groups=1), GELU(count=8, hidden=16)),
+        MoESpec(TopK(k=1), GELU(count=8, hidden=16)),
     ),
 }
 
