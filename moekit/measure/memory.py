@@ -56,7 +56,6 @@ class PeakMemory:
 
 def release_freed_memory() -> None:
     """Give what was freed back to the system, as far as the C library can."""
-    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # glibc has it, other C libraries do not
         trim(0)
@@ -67,6 +66,7 @@ def _restart_resident_peak() -> None:
 
     What earlier work has freed is given back first, so that it does not count again.
     """
+    gc.collect()
     release_freed_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -45,18 +45,33 @@ class BlockwiseModel:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self._model: Any = checkpoint.skeleton().eval()  # type: ignore[no-untyped-call]
-        self._base: Any = self._model.base_model
-        self._prefix = f"{self._model.base_model_prefix}."
+        inner: Any = getattr(self._model, "inner", self._model)
+        self._base: Any = inner.base_model
+        path = next(name for name, m in self._model.named_modules() if m is self._base)
+        self._prefix = f"{path}."
         self.layers: list[nn.Module] = list(self._base.layers)
         self.blocks = [self._view(index) for index in range(len(self.layers))]
         rotary = self._base.rotary_emb
         self._base.rotary_emb = type(rotary)(config=self._base.config).to(self.device)
         self._embed, self._norm = self._base.embed_tokens, self._base.norm
 
+    @property
+    def largest_layer_bytes(self) -> int:
+        """Size of the largest decoder layer in the type that the model computes in."""
+        size = self.checkpoint.dtype.itemsize
+        return size * max(sum(p.numel() for p in layer.parameters()) for layer in self.layers)
+
     @contextmanager
-    def loaded(self, index: int) -> Iterator[nn.Module]:
-        """The decoder layer with its weights, which it loses afterwards."""
-        with self._filled(self.layers[index], f"{self._prefix}layers.{index}") as layer:
+    def loaded(self, index: int, as_stored: bool = False) -> Iterator[nn.Module]:
+        """The decoder layer with its weights, which it loses afterwards.
+
+        Args:
+            index: its number.
+            as_stored: leave the weights in the types that they are stored in, which may not fit
+                each other.
+        """
+        path = f"{self._prefix}layers.{index}"
+        with self._filled(self.layers[index], path, as_stored) as layer:
             yield layer
 
     @torch.inference_mode()
@@ -95,9 +110,10 @@ class BlockwiseModel:
         return BlockView(architecture, self._base.config, layer, index, f"{self._prefix}layers")
 
     @contextmanager
-    def _filled(self, module: nn.Module, path: str) -> Iterator[nn.Module]:
+    def _filled(self, module: nn.Module, path: str, as_stored: bool = False) -> Iterator[nn.Module]:
         state = self.checkpoint.read_state(module, path)
-        state = {name: self._cast(name, tensor) for name, tensor in state.items()}
+        if not as_stored:
+            state = {name: self._cast(name, tensor) for name, tensor in state.items()}
         module.load_state_dict(state, assign=True)
         del state
         try:

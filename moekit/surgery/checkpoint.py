@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import torch
@@ -14,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moekit.errors import CheckpointError
 from moekit.measure.headers import StoredTensor, read_folder
 from moekit.measure.inspect import first_sentence, model_without_weights, read_config
+from moekit.surgery.pruned import PrunedMoEConfig
 from moekit.surgery.stored_names import StoredNames
 from moekit.surgery.view_architecture import Architecture
 from moekit.surgery.view_architectures import architecture_of
@@ -56,14 +56,32 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise CheckpointError(f"{path} is not a folder; give the folder of a checkpoint")
         self.config: PreTrainedConfig = read_config(str(self.folder), is_local=True)
-        self.architecture: Architecture = architecture_of(self.config)
+        inner = self.config.text_config if self.is_pruned else self.config
+        self.architecture: Architecture = architecture_of(inner)
         if getattr(self.config, "quantization_config", None) is not None:
             raise CheckpointError(
                 f"{self.folder / 'config.json'} says that the weights are quantised; experts can "
                 "be changed in full precision only, so save the model dequantised first"
             )
         self.stored = {tensor.name: tensor for tensor in read_folder(self.folder)}
-        self._check(self.skeleton())
+        skeleton = self.skeleton()
+        self._shapes = {name: t.shape for name, t in skeleton.state_dict().items()}
+        self._tied_names: dict[str, str] = dict(skeleton.all_tied_weights_keys)
+        self._check()
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it is one of :class:`~moekit.surgery.pruned.PrunedMoEForCausalLM`."""
+        return isinstance(self.config, PrunedMoEConfig)
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """The tensors of the model by their names in it."""
+        return list(self._shapes)
+
+    def shape_of(self, name: str) -> torch.Size:
+        """The shape of a tensor of the model."""
+        return self._shapes[name]
 
     @property
     def names(self) -> StoredNames:
@@ -132,15 +150,9 @@ class Checkpoint:
             return name
         return tied
 
-    @cached_property
-    def _tied_names(self) -> dict[str, str]:
-        tied: Any = getattr(self.skeleton(), "_tied_weights_keys", None)
-        is_tied = getattr(self.config, "tie_word_embeddings", False)
-        return dict(tied) if is_tied and tied else {}
-
-    def _check(self, model: PreTrainedModel) -> None:
-        for name, tensor in model.state_dict().items():
-            for stored, shape in self.names.used(self.source_of(name), tensor.shape, self.stored):
+    def _check(self) -> None:
+        for name, wanted in self._shapes.items():
+            for stored, shape in self.names.used(self.source_of(name), wanted, self.stored):
                 self._check_tensor(stored, shape)
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:

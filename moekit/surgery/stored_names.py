@@ -128,7 +128,7 @@ MIXTRAL = StoredNames(
     down="{}.w2.weight",
 )
 PHIMOE = StoredNames(
-    renamed=((".mlp.router.", ".block_sparse_moe.gate."), (".mlp.", ".block_sparse_moe.")),
+    renamed=((".router.weight", ".gate.weight"), (".mlp.", ".block_sparse_moe.")),
     gate=MIXTRAL.gate,
     up=MIXTRAL.up,
     down=MIXTRAL.down,
