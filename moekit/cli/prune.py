@@ -97,7 +97,7 @@ def prune_command(
     run goes on when the command is run again.
     """
     where = opt.device_of(device)
-    chosen = Method.named(method, **dict(_setting(text) for text in settings or []))
+    chosen = _method(method, dict(_setting(text) for text in settings or []), seed)
     budget = _budget(keep, experts, target_size)
     for name, value, least in (
         ("--sequences", sequences, 1),
@@ -131,6 +131,14 @@ def prune_command(
         typer.echo(json.dumps({"output": str(output), **report.to_dict()}, indent=1))
         return
     _show(report, output)
+
+
+def _method(name: str, settings: dict[str, Any], seed: int) -> Method:
+    """The method, its own seed that of the command unless it is set."""
+    method = Method.named(name, **settings)
+    return (
+        method.replace(seed=seed) if hasattr(method, "seed") and "seed" not in settings else method
+    )
 
 
 def _budget(keep: float | None, experts: int | None, size: str | None) -> Budget:

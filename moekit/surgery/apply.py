@@ -69,7 +69,7 @@ def write_pruned(
         OutputError: ``output`` is there already, or cannot be written.
         SpecError: a plan does not fit its block.
     """
-    model, plans = BlockwiseModel(checkpoint), []
+    model, plans = BlockwiseModel(checkpoint), list[BlockPlan]()
     with appearing(output) as folder:
         writer = ShardWriter(folder, max(_SMALLEST_SHARD, model.largest_layer_bytes))
         rest = set(checkpoint.tensor_names)

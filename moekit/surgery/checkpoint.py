@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -122,9 +123,10 @@ class Checkpoint:
         entry = self.stored[name]
         path = self.folder / entry.file
         tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+        data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # a buffer, which its type hides
         with path.open("rb") as file:
             file.seek(entry.offset)
-            got = file.readinto(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            got = file.readinto(data)
         if got != entry.bytes:
             raise CheckpointError(f"{path} is cut off within {name}")
         if tensor.is_floating_point() and not _is_finite(tensor):

@@ -47,6 +47,9 @@ class PrunedMoEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     router_rows: list[int] | None = None
     slots: list[int] | None = None
     tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):

@@ -48,7 +48,7 @@ class ShardWriter:
         if total == 1:
             os.replace(self._part(0), self.folder / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             file = f"model-{number + 1:05}-of-{total:05}.safetensors"
             os.replace(self._part(number), self.folder / file)

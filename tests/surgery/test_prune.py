@@ -268,3 +268,18 @@ def test_a_model_pruned_to_unequal_layers_is_not_pruned_again(olmoe: Path, tmp_p
     assert evaluate(Checkpoint(tmp_path / "out"), HELD_OUT).loss > 0
     with pytest.raises(CheckpointError, match="start from the model before"):
         prune(tmp_path / "out", tmp_path / "again", REAP(), HALF, DATA)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_on_a_gpu_as_on_the_cpu(name: str, tmp_path: Path) -> None:
+    tiny(name).save_pretrained(tmp_path / "model")
+    checkpoint, needs = Checkpoint(tmp_path / "model"), REAP().needs
+    slow, fast = (record(checkpoint, DATA, needs, device=d) for d in ("cpu", "cuda"))
+    for a, b in zip(slow, fast, strict=True):
+        torch.testing.assert_close(b.gram_EE, a.gram_EE, rtol=1e-2, atol=1e-1)
+        assert int((a.count_E - b.count_E).abs().sum()) <= 4  # near ties
+    report = prune(checkpoint.folder, tmp_path / "out", REAP(), HALF, DATA, HELD_OUT, device="cuda")
+    assert report.before is not None
+    want = evaluate(checkpoint, HELD_OUT)
+    assert report.before.loss == pytest.approx(want.loss, rel=1e-2)

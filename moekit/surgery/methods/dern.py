@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -204,7 +205,7 @@ def _scaled(expert: ExpertWeights, canonical: bool) -> tuple[Tensor, Tensor]:
 def _product(
     first: ExpertWeights,
     second: ExpertWeights,
-    parts: list[Parts],
+    parts: Sequence[Parts],
     canonical: bool,
     own: bool = False,
 ) -> Tensor:

@@ -1,14 +1,20 @@
-"""What the methods that merge experts share: how members are aligned and clusters kept apart."""
+"""What the methods that merge experts share: alignment, clusters within groups, the plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from moekit.surgery.methods.method import require_equal_groups
+from moekit.surgery.methods.method import Method, require_equal_groups
+from moekit.surgery.plan import BlockPlan, clustered
+from moekit.surgery.statistics import BlockStatistics
+from moekit.surgery.view import BlockView
 from moekit.surgery.weights import ExpertWeights
 
 Clusters = list[list[int]]
@@ -34,6 +40,45 @@ def aligned_orders(bank: ExpertWeights, clusters: Clusters, heads: Sequence[int]
             if expert != head:
                 order_EH[expert] = alignment(bank[head], bank[expert])
     return order_EH
+
+
+@dataclass(frozen=True)
+class MergingMethod(Method):
+    """Base of the methods that put experts into clusters and average each.
+
+    Members count by how often tokens choose them, and are aligned to the most used of them.
+
+    Attributes:
+        router: ``alias`` keeps the rows of all experts: a token's weight for any member goes to the
+            merged expert. ``average`` gives a merged expert the weighted mean of its members' rows,
+            ``dominant`` that of the most used.
+        align: whether hidden neurons are aligned before averaging.
+    """
+
+    abstract: ClassVar[bool] = True
+    router: Literal["alias", "average", "dominant"] = "alias"
+    align: bool = True
+
+    @property
+    def reroutes(self) -> bool:
+        return self.router == "alias"
+
+    def importance(self, statistics: BlockStatistics) -> Tensor:
+        return statistics.count_E.double() / statistics.tokens
+
+    def clusters(
+        self, statistics: BlockStatistics, members: list[int], count: int
+    ) -> list[list[int]]:
+        """``count`` clusters of some of a block's experts, none empty."""
+        raise NotImplementedError
+
+    def plan(self, view: BlockView, statistics: BlockStatistics, count: int) -> BlockPlan:
+        groups = 1 if self.reroutes else view.rule.groups
+        cluster = partial(self.clusters, statistics)
+        clusters = in_groups(statistics.experts, count, groups, cluster)
+        heads = heads_of(clusters, statistics.count_E)
+        order_EH = aligned_orders(view.bank, clusters, heads) if self.align else None
+        return clustered(clusters, heads, statistics.count_E, self.router, order_EH)
 
 
 def heads_of(clusters: Clusters, weight_E: Tensor) -> list[int]:
