@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import moekit.models.language  # noqa: F401  (registers our checkpoints with transformers)
+import moekit.models.language
+import moekit.surgery  # noqa: F401  (both register our checkpoints with transformers)
 from moekit.compare.run import first_line
 from moekit.errors import CheckpointError
 from moekit.measure import inspect_checkpoint

@@ -123,12 +123,21 @@ class GateHooks:
 
     def _reader(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def read(gate: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-            self.routings.append(_routing(f"{name} ({type(gate).__name__})", output))
+            self.routings.append(read_decision(f"{name} ({type(gate).__name__})", output))
 
         return read
 
 
-def _routing(name: str, output: Any) -> Routing:
+def read_decision(name: str, output: Any) -> Routing:
+    """The decision that a router of transformers returned.
+
+    Args:
+        name: what an error calls the router.
+        output: what it returned.
+
+    Raises:
+        CheckpointError: it is not (logits, weights, expert ids).
+    """
     if not _is_decision(output):
         raise CheckpointError(
             f"the router of {name} does not return (logits, weights, expert ids); "

@@ -30,12 +30,16 @@ class StoredTensor:
         dtype: as safetensors spells it, such as ``BF16``.
         shape: its shape.
         bytes: the size of its data.
+        file: name of the file that holds it, of those in one folder; empty where unknown.
+        offset: where its data starts in that file.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    file: str = ""
+    offset: int = 0
 
     @property
     def elements(self) -> int:
@@ -99,10 +103,11 @@ def read_file(path: Path) -> list[StoredTensor]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is damaged: its header is not a JSON object")
     header.pop("__metadata__", None)
-    return [_tensor(path, name, entry, size - 8 - length) for name, entry in header.items()]
+    return [_tensor(path, name, entry, 8 + length, size) for name, entry in header.items()]
 
 
-def _tensor(path: Path, name: str, entry: Any, room: int) -> StoredTensor:
+def _tensor(path: Path, name: str, entry: Any, base: int, size: int) -> StoredTensor:
+    room = size - base
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
         start, stop = (int(n) for n in entry["data_offsets"])
@@ -118,7 +123,7 @@ def _tensor(path: Path, name: str, entry: Any, room: int) -> StoredTensor:
             f"{path} is damaged: {name} is {dtype} of shape {list(shape)} "
             f"but has {stop - start:,} bytes"
         )
-    return StoredTensor(name, dtype, shape, stop - start)
+    return StoredTensor(name, dtype, shape, stop - start, path.name, base + start)
 
 
 def _read_shards(folder: Path, index: Path) -> list[StoredTensor]:

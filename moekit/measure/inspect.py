@@ -76,7 +76,7 @@ def inspect_checkpoint(path_or_name: str | Path) -> CheckpointStructure:
             f"{name} is not a folder; give the folder of a checkpoint, or a name on the hub"
         )
     config = read_config(name, is_local)
-    model = _without_weights(name, config)
+    model = model_without_weights(name, config)
     stored = read_folder(Path(name)) if is_local else _hub_headers(name)
     structure = _structure(os.fspath(path_or_name), model, stored)
     _check_complete(structure, config)
@@ -102,13 +102,17 @@ def read_config(name: str, is_local: bool) -> PreTrainedConfig:
     except Exception as error:  # whatever a damaged or foreign config leads to
         where = path if is_local else name
         wanted = "" if is_local else "; is the name right, and the hub within reach?"
-        raise CheckpointError(f"{where} cannot be read: {_sentence(error)}{wanted}") from None
+        raise CheckpointError(f"{where} cannot be read: {first_sentence(error)}{wanted}") from None
     config._attn_implementation = None
     return config
 
 
-def _without_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the ``meta`` device."""
+def model_without_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that a config describes, on the ``meta`` device.
+
+    Raises:
+        CheckpointError: the config contradicts itself; the message begins with ``name``.
+    """
     try:
         with torch.device("meta"):
             model_class = _model_class(config)
@@ -117,7 +121,7 @@ def _without_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
             return model_class(config)
     except Exception as error:  # a config can contradict itself in as many ways as models check
         raise CheckpointError(
-            f"{name}: its config.json does not make a model: {_sentence(error)}"
+            f"{name}: its config.json does not make a model: {first_sentence(error)}"
         ) from None
 
 
@@ -135,7 +139,7 @@ def _hub_headers(name: str) -> list[StoredTensor]:
         files = huggingface_hub.get_safetensors_metadata(name).files_metadata.values()
     except Exception as error:
         raise CheckpointError(
-            f"the weights of {name} cannot be read from the hub: {_sentence(error)}"
+            f"the weights of {name} cannot be read from the hub: {first_sentence(error)}"
         ) from None
     return [
         StoredTensor(key, t.dtype, tuple(t.shape), t.data_offsets[1] - t.data_offsets[0])
@@ -176,7 +180,7 @@ def _check_complete(structure: CheckpointStructure, config: PreTrainedConfig) ->
         )
 
 
-def _sentence(error: Exception) -> str:
-    """The first line of a foreign error."""
+def first_sentence(error: Exception) -> str:
+    """The first line of a foreign error, to put into one of ours."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

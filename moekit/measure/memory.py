@@ -54,16 +54,20 @@ class PeakMemory:
             self.bytes = _resident_peak()
 
 
-def _restart_resident_peak() -> None:
-    """Set the high-water mark back to the present size (proc(5), clear_refs 5).
-
-    What earlier work has freed is given back to the system first, as far as the C library can, so
-    that it does not count again.
-    """
-    gc.collect()
+def release_freed_memory() -> None:
+    """Give what was freed back to the system, as far as the C library can."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # glibc has it, other C libraries do not
         trim(0)
+
+
+def _restart_resident_peak() -> None:
+    """Set the high-water mark back to the present size (proc(5), clear_refs 5).
+
+    What earlier work has freed is given back first, so that it does not count again.
+    """
+    gc.collect()
+    release_freed_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -57,10 +57,10 @@ def observe(
     Raises:
         CheckpointError: the model has no router, or one that cannot be read.
     """
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        for batch in _batches(model, dataset, batch_size, max_batches):
+        for batch in token_batches(dataset, batch_size, max_batches, device):
             yield _observe(model, batch)
     finally:
         model.train(was_training)
@@ -77,39 +77,51 @@ def routing_statistics(
 
 
 @dataclass(frozen=True)
-class _Batch:
+class TokenBatch:
+    """Blocks of tokens side by side.
+
+    Attributes:
+        token_BT: token ids.
+        mask_BT: 0 for padding, or None where there is none.
+        group_N: group of each token, -1 for none; None where the data set has no groups.
+    """
+
     token_BT: Tensor
     mask_BT: Tensor | None
     group_N: Tensor | None
 
     @property
     def valid_N(self) -> Tensor:
+        """False for padding."""
         mask_BT = torch.ones_like(self.token_BT) if self.mask_BT is None else self.mask_BT
         return mask_BT.bool().flatten()
 
 
-def _batches(
-    model: nn.Module, dataset: TokenBlocks, batch_size: int, max_batches: int | None
-) -> Iterator[_Batch]:
-    device = next(model.parameters()).device
+def token_batches(
+    dataset: TokenBlocks,
+    batch_size: int,
+    max_batches: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[TokenBatch]:
+    """The blocks of a data set in order, ``batch_size`` at a time."""
     starts = range(0, len(dataset), batch_size)[:max_batches]
     for start in starts:
         indices = range(start, min(start + batch_size, len(dataset)))
         yield _collate(dataset, indices, device)
 
 
-def _collate(dataset: TokenBlocks, indices: range, device: torch.device) -> _Batch:
+def _collate(dataset: TokenBlocks, indices: range, device: torch.device | str) -> TokenBatch:
     blocks = [dataset[index] for index in indices]
     masks = [block["attention_mask"] for block in blocks if "attention_mask" in block]
     groups_of = getattr(dataset, "token_groups", None)
-    return _Batch(
+    return TokenBatch(
         token_BT=torch.stack([block["input_ids"] for block in blocks]).to(device),
         mask_BT=torch.stack(masks).to(device) if masks else None,
         group_N=torch.cat([groups_of(i) for i in indices]).to(device) if groups_of else None,
     )
 
 
-def _observe(model: nn.Module, batch: _Batch) -> Observation:
+def _observe(model: nn.Module, batch: TokenBatch) -> Observation:
     run = _run_own if isinstance(model, MoEDecoderForCausalLM) else _run_foreign
     routings, statistics = run(model, batch)
     return Observation(
@@ -117,14 +129,14 @@ def _observe(model: nn.Module, batch: _Batch) -> Observation:
     )
 
 
-def _run_own(model: nn.Module, batch: _Batch) -> tuple[list[Routing], ModelStatistics]:
+def _run_own(model: nn.Module, batch: TokenBatch) -> tuple[list[Routing], ModelStatistics]:
     assert isinstance(model, MoEDecoderForCausalLM)
     outputs = model(batch.token_BT, attention_mask=batch.mask_BT, logits_to_keep=1).moe
     kinds = [layer.experts.kinds for layer in model.moe_layers]
     return [output.routing for output in outputs], ModelStatistics.of(outputs, kinds)
 
 
-def _run_foreign(model: nn.Module, batch: _Batch) -> tuple[list[Routing], ModelStatistics]:
+def _run_foreign(model: nn.Module, batch: TokenBatch) -> tuple[list[Routing], ModelStatistics]:
     with GateHooks(model) as hooks:
         model(input_ids=batch.token_BT, attention_mask=batch.mask_BT)
     routings = [routing.without_padding(batch.valid_N) for routing in hooks.routings]

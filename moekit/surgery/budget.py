@@ -1,0 +1,160 @@
+"""How many experts each block keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moekit.errors import SpecError
+from moekit.spec import Spec
+from moekit.surgery.blockwise import BlockwiseModel
+from moekit.surgery.methods import Method
+from moekit.surgery.statistics import BlockStatistics
+from moekit.surgery.view import BlockView
+
+
+@dataclass(frozen=True)
+class Budget(Spec):
+    """How much is kept; exactly one field is given.
+
+    Attributes:
+        ratio: share of the experts of every block, more than 0 and at most 1.
+        experts: number of experts of every block.
+        bytes: size of the tensors of the whole checkpoint, at most.
+    """
+
+    ratio: float | None = None
+    experts: int | None = None
+    bytes: int | None = None
+
+    def check(self) -> None:
+        given = [v for v in (self.ratio, self.experts, self.bytes) if v is not None]
+        self.require(len(given) == 1, "give one of a ratio, a number of experts, and bytes")
+        self.require(
+            self.ratio is None or 0 < self.ratio <= 1,
+            f"ratio is {self.ratio}; wanted more than 0 and at most 1",
+        )
+        self.require(
+            self.experts is None or self.experts >= 1,
+            f"experts is {self.experts}; wanted at least 1",
+        )
+        self.require(
+            self.bytes is None or self.bytes >= 1, f"bytes is {self.bytes}; wanted at least 1"
+        )
+
+    def counts(self, model: BlockwiseModel, reroutes: bool) -> list[int]:
+        """Experts of each MoE block, the same share of each.
+
+        A ratio is rounded to the nearest number of experts, a size down; both down to what the
+        router's groups can hold.
+
+        Raises:
+            SpecError: more experts than a block has, or fewer than it works with.
+        """
+        blocks = [view for view in model.blocks if view is not None]
+        have = [view.experts for view in blocks]
+        if self.experts is not None:
+            counts = [self.experts] * len(blocks)
+        elif self.ratio is not None:
+            counts = [_whole(round(self.ratio * view.experts), view) for view in blocks]
+        else:
+            counts = self._within_bytes(model, blocks, reroutes)
+        for view, count, most in zip(blocks, counts, have, strict=True):
+            _check_count(view, count, most, reroutes)
+        return counts
+
+    def _within_bytes(
+        self, model: BlockwiseModel, blocks: Sequence[BlockView], reroutes: bool
+    ) -> list[int]:
+        assert self.bytes is not None
+        for step in range(max(view.experts for view in blocks)):
+            counts = [max(_whole(view.experts - step, view), 1) for view in blocks]
+            size = bytes_after(model, counts, reroutes)
+            if size <= self.bytes:
+                return counts
+        raise SpecError(
+            f"{self.bytes:,} bytes cannot be reached: with one expert a block there are {size:,}"
+        )
+
+
+def bytes_after(model: BlockwiseModel, counts: Sequence[int], reroutes: bool) -> int:
+    """Bytes of the tensors of a checkpoint when ``counts`` experts are left in its MoE blocks."""
+    total = sum(tensor.bytes for tensor in model.checkpoint.stored.values())
+    for view, count in zip((v for v in model.blocks if v is not None), counts, strict=True):
+        if count == view.experts:
+            continue
+        gone = view.experts - count
+        total -= gone * _bytes_under(model, view, "experts") // view.experts
+        if reroutes:
+            total += view.experts * count * 4  # what passes the weights on, in float32
+        else:
+            router = view.architecture.router
+            total -= gone * _bytes_under(model, view, router) // view.experts
+    return total
+
+
+def spread(
+    method: Method,
+    counts: Sequence[int],
+    blocks: Sequence[BlockView],
+    statistics: Sequence[BlockStatistics],
+) -> list[int]:
+    """The same total over the blocks as the method allocates it.
+
+    Under ``global`` each block first gets what it cannot do without; the rest goes to the experts
+    with the largest share of their block's importance, wherever they are.
+
+    Raises:
+        SpecError: a router has groups, which such numbers do not keep equal.
+    """
+    if method.allocation == "uniform" or all(
+        count == view.experts for count, view in zip(counts, blocks, strict=True)
+    ):
+        return list(counts)
+    if any(view.rule.groups > 1 for view in blocks) and not method.reroutes:
+        raise SpecError(
+            "a router with groups needs as many experts of each; set allocation to uniform"
+        )
+    least = [1 if method.reroutes else view.rule.smallest for view in blocks]
+    ranked = []
+    for place, (stats, minimum) in enumerate(zip(statistics, least, strict=True)):
+        score_E = method.importance(stats).double()
+        share_E = score_E / score_E.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        rest = share_E.sort(descending=True).values[minimum:]
+        ranked += [(-float(share), place) for share in rest]
+    chosen = sorted(ranked)[: max(sum(counts) - sum(least), 0)]
+    return [minimum + sum(p == place for _, p in chosen) for place, minimum in enumerate(least)]
+
+
+def _whole(count: int, view: BlockView) -> int:
+    """``count``, down to a multiple of the router's groups."""
+    return count - count % view.rule.groups
+
+
+def _bytes_under(model: BlockwiseModel, view: BlockView, child: str) -> int:
+    """Stored bytes of the tensors of one part of a block."""
+    stored, names = model.checkpoint.stored, model.checkpoint.names
+    inside = view.block.get_submodule(child).state_dict(prefix=f"{view.name}.{child}.")
+    return sum(
+        stored[part].bytes
+        for name, tensor in inside.items()
+        for part, _ in names.used(name, tensor.shape, stored)
+    )
+
+
+def _check_count(view: BlockView, count: int, most: int, reroutes: bool) -> None:
+    least = 1 if reroutes else view.rule.smallest
+    if count > most:
+        raise SpecError(f"{count} experts cannot be kept of the {most} of {view.name}")
+    if count < least:
+        raise SpecError(
+            f"{count} experts are too few for {view.name}: a token takes {view.rule.top_k}, and it "
+            f"works with {least} or more of its {most}"
+        )
+    if not reroutes and count % view.rule.groups:
+        raise SpecError(
+            f"{count} experts cannot be split into the {view.rule.groups} equal groups of "
+            f"{view.name}; keep a multiple of {view.rule.groups}"
+        )

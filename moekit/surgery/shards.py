@@ -1,0 +1,100 @@
+"""Writing a checkpoint in shards that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moekit.errors import OutputError
+
+INDEX = "model.safetensors.index.json"
+
+
+class ShardWriter:
+    """Collects tensors and writes them out whenever they fill a shard.
+
+    Args:
+        folder: where to write.
+        shard_bytes: how much is collected before it is written.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self.bytes = 0
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Store ``tensor`` as ``name``."""
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self.bytes += tensor.nbytes
+        if sum(pending.nbytes for pending in self._pending.values()) >= self.shard_bytes:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write what is left, and the index where there are several shards."""
+        if self._pending or not self._shards:
+            self._flush()
+        total = len(self._shards)
+        if total == 1:
+            os.replace(self._part(0), self.folder / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            file = f"model-{number + 1:05}-of-{total:05}.safetensors"
+            os.replace(self._part(number), self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+    def _flush(self) -> None:
+        # Tensors of one storage, such as slices of a bank, are stored apart.
+        tensors = {name: tensor.clone() for name, tensor in self._pending.items()}
+        self._pending.clear()
+        save_file(tensors, self._part(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(tensors))
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05}"
+
+
+@contextmanager
+def appearing(output: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name ``output`` once the block ends without an error.
+
+    What an earlier process that was killed left behind is deleted.
+
+    Raises:
+        OutputError: ``output`` is there already, or cannot be written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output} is there already and would be replaced; choose another place")
+    scratch = output.with_name(f".{output.name}.{secrets.token_hex(4)}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for left in output.parent.glob(f".{output.name}.*.part"):
+            shutil.rmtree(left, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            yield scratch
+            if output.exists():
+                output.rmdir()
+            os.replace(scratch, output)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            f"cannot write {output} ({error.strerror or error}); free some space, or choose "
+            "another place"
+        ) from None
