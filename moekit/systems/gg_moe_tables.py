@@ -36,9 +36,8 @@ class Split:
 
     def to(self, device: str) -> Split:
         """The split on a device."""
-        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved = {k: v.to(device) for k, v in parts.items() if isinstance(v, Tensor)}
-        return dataclasses.replace(self, **moved)
+        parts = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "outputs")
+        return Split(*(part.to(device) for part in parts), outputs=self.outputs)
 
 
 def load_table(name: str, seed: int) -> Split:

@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -159,7 +159,7 @@ def _fitted(
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += START_NOISE * noise
+            parameter.add_(START_NOISE * noise)
     optimiser = torch.optim.LBFGS(
         model.parameters(),
         max_iter=iterations,
@@ -172,7 +172,7 @@ def _fitted(
     def closure() -> Tensor:
         optimiser.zero_grad()
         loss = -model.log_density(x_N, y_N).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     loss = optimiser.step(closure)
@@ -200,7 +200,7 @@ def _errors(model: Mixture, truth: Mixture, gate: str) -> tuple[float, ...]:
 def _naming(model: Mixture, truth: Mixture) -> list[int]:
     """Which fitted expert stands for each true one."""
 
-    def distance(order: Sequence[int]) -> float:
+    def distance(order: Iterable[int]) -> float:
         pairs = ((m.slope_E, m.offset_E) for m in (model, truth))
         (slope_E, offset_E), (true_slope_E, true_offset_E) = pairs
         index = list(order)
