@@ -37,7 +37,7 @@ class Split:
     def to(self, device: str) -> Split:
         """The split on a device."""
         parts = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "outputs")
-        return Split(*(part.to(device) for part in parts), outputs=self.outputs)
+        return Split(*(part.to(device) for part in parts), self.outputs)
 
 
 def load_table(name: str, seed: int) -> Split:
