@@ -36,8 +36,9 @@ class Split:
 
     def to(self, device: str) -> Split:
         """The split on a device."""
-        parts = (getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "outputs")
-        return Split(*(part.to(device) for part in parts), self.outputs)
+        names = (f.name for f in dataclasses.fields(self) if f.name != "outputs")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        return dataclasses.replace(self, **moved)
 
 
 def load_table(name: str, seed: int) -> Split:
