@@ -227,7 +227,8 @@ def _concentrated_prunes_better(seeds: Sequence[Seed], quick: bool) -> Finding:
             f"{share:.0%} pruned: {_pruned(seeds, CLOSE, share)} with and "
             f"{_pruned(seeds, OPEN, share)} without it"
             for share in CUTS
-        ),
+        )
+        + f" bits a byte, on top of {_whole(seeds, CLOSE)} with and {_whole(seeds, OPEN)} without",
         verdict=judged(all(mean(values) > 0 for values in gaps.values()), quick=quick),
     )
 
@@ -276,7 +277,7 @@ def _balance_rows(seeds: Sequence[Seed]) -> list[dict[str, Any]]:
         found = _balance(seeds, name)
         rows.append(
             {
-                "design": f"moduleformer, {name}",
+                "design": name,
                 "seeds": len(seeds),
                 "mean_active_experts": K,
                 "bits_per_byte": found.bits,
@@ -291,7 +292,7 @@ def _balance_rows(seeds: Sequence[Seed]) -> list[dict[str, Any]]:
 def _move_rows(seeds: Sequence[Seed]) -> list[dict[str, Any]]:
     return [
         {
-            "design": name,
+            "design": name.removeprefix("moduleformer, "),
             "seeds": len(seeds),
             "mean_active_experts": 1 if name == MOVES[0] else K,
             "old_domain_change": mean([s.moved[name].forgotten for s in seeds]),
@@ -322,7 +323,7 @@ def _cut_rows(seeds: Sequence[Seed]) -> list[dict[str, Any]]:
 def _speed_rows(speeds: dict[str, float]) -> list[dict[str, Any]]:
     return [
         {
-            "design": f"{name}, forward",
+            "design": name,
             "mean_active_experts": 1 if name.startswith("dense") else K,
             "tokens_per_second": speed,
         }
@@ -339,6 +340,10 @@ def _gaps(
 
 def _pruned(seeds: Sequence[Seed], name: str, share: float) -> str:
     return f"{mean([s.cuts[name].by_use[share] for s in seeds]):+.4f}"
+
+
+def _whole(seeds: Sequence[Seed], name: str) -> str:
+    return f"{mean([s.cuts[name].whole for s in seeds]):.3f}"
 
 
 def _signed(values: Sequence[float]) -> str:
