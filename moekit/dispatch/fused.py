@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ def feed_forward(x_ND: Tensor, plan: Plan, bank: FeedForward, backend: Backend |
         return composed(x_ND, plan, bank)
     x_ND, bank = autocast(x_ND), autocast_bank(bank)
     inputs = (x_ND, plan.weight_NK, *bank.tensors)
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with _without_autocast(x_ND):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
             call = _Call(backend, bank.activation, plan.groups, plan.every)
             return _FeedForward.apply(*inputs, plan.assignment_R, call)  # type: ignore[no-untyped-call]
@@ -73,6 +74,14 @@ def autocast_bank(bank: FeedForward) -> FeedForward:
     )
 
 
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Operands are cast already; entering the context costs as much as a small operation."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 @dataclass(frozen=True)
 class _Call:
     """What a pass needs beside tensors."""
@@ -102,7 +111,7 @@ class _FeedForward(torch.autograd.Function):
         inputs, assignment_R, inner = saved[:6], saved[6], saved[7:]
         call: _Call = ctx.call  # type: ignore[attr-defined]
         wanted = Wanted(*ctx.needs_input_grad[:6])  # type: ignore[attr-defined]
-        with torch.autocast(grad_NO.device.type, enabled=False):
+        with _without_autocast(grad_NO):
             if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
                 return (*_differentiable(inputs, assignment_R, call, grad_NO, wanted), None, None)
             x_ND, plan, bank = _arguments(inputs, assignment_R, call)

@@ -98,8 +98,8 @@ def _sum(rows_RX: Tensor, plan: Plan, *, weighted: bool) -> Tensor:
     """Each token's sum (N, X) of its rows, in their dtype; accumulated in at least float32."""
     weight_NK = plan.weight_NK
     if plan.every:
-        place_R = torch.empty_like(plan.assignment_R)
-        place_R[plan.assignment_R] = torch.arange(len(place_R), device=place_R.device)
+        row_R = torch.arange(len(plan.assignment_R), device=plan.assignment_R.device)
+        place_R = torch.empty_like(row_R).scatter_(0, plan.assignment_R, row_R)
         scale_NK = weight_NK.to(rows_RX.dtype) if weighted else None
         place_NK = place_R.view_as(weight_NK)
         return F.embedding_bag(place_NK, rows_RX, mode="sum", per_sample_weights=scale_NK)

@@ -149,6 +149,8 @@ def _local_ids(routing: Routing, ranges: list[tuple[int, int]], experts: int) ->
     """Ids (N, K) counted over the dispatched experts only; ``experts`` for all else."""
     expert_NK = routing.expert_NK
     if ranges == [(0, routing.experts)]:
+        if routing.full:
+            return expert_NK
         return torch.where(routing.used_NK, expert_NK, experts)
     local_NK, position = torch.full_like(expert_NK, experts), 0
     for start, stop in ranges:
