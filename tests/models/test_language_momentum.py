@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BANK
 
 from moekit import (
     AdamFirst,
@@ -24,7 +23,7 @@ from moekit.models.language import MoEDecoderConfig, MoEDecoderForCausalLM
 
 RULES = (HeavyBall(0.6, 0.5), AdamMomentum(), AdamFirst(0.6), RobustMomentum(0.4, 1.5))
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
-DENSE = SwiGLU(count=1, hidden=48)
+BANK, DENSE = SwiGLU(count=4, hidden=24), SwiGLU(count=1, hidden=48)
 
 each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 
