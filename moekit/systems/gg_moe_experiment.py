@@ -199,7 +199,7 @@ def _train(
         for rows in torch.randperm(len(split.train_y), generator=generator).split(BATCH):
             loss = _loss(model(split.train_x[rows]), split.train_y[rows])
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
         found = _tested(model, split.validation_x, split.validation_y)

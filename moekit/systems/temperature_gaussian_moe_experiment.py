@@ -159,7 +159,7 @@ def _fitted(
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += START_NOISE * noise
+            parameter.add_(noise, alpha=START_NOISE)
     optimiser = torch.optim.LBFGS(
         model.parameters(),
         max_iter=iterations,
@@ -172,7 +172,7 @@ def _fitted(
     def closure() -> Tensor:
         optimiser.zero_grad()
         loss = -model.log_density(x_N, y_N).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     loss = optimiser.step(closure)
@@ -200,14 +200,12 @@ def _errors(model: Mixture, truth: Mixture, gate: str) -> tuple[float, ...]:
 def _naming(model: Mixture, truth: Mixture) -> list[int]:
     """Which fitted expert stands for each true one."""
 
-    def distance(order: Sequence[int]) -> float:
-        pairs = ((m.slope_E, m.offset_E) for m in (model, truth))
-        (slope_E, offset_E), (true_slope_E, true_offset_E) = pairs
-        index = list(order)
-        gap = (slope_E[index] - true_slope_E).abs() + (offset_E[index] - true_offset_E).abs()
-        return float(gap.sum())
+    def distance(order: list[int]) -> float:
+        slope_gap_E = (model.slope_E[order] - truth.slope_E).abs()
+        offset_gap_E = (model.offset_E[order] - truth.offset_E).abs()
+        return float((slope_gap_E + offset_gap_E).sum())
 
-    return list(min(itertools.permutations(range(EXPERTS)), key=distance))
+    return min(map(list, itertools.permutations(range(EXPERTS))), key=distance)
 
 
 @torch.no_grad()
