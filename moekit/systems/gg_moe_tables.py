@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +35,11 @@ class Split:
 
     def to(self, device: str) -> Split:
         """The split on a device."""
-        names = (f.name for f in dataclasses.fields(self) if f.name != "outputs")
-        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
-        return dataclasses.replace(self, **moved)
+        moved: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Split(**moved)
 
 
 def load_table(name: str, seed: int) -> Split:

@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -159,7 +159,7 @@ def _fitted(
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(START_NOISE * noise)
+            parameter.add_(noise, alpha=START_NOISE)
     optimiser = torch.optim.LBFGS(
         model.parameters(),
         max_iter=iterations,
@@ -200,14 +200,12 @@ def _errors(model: Mixture, truth: Mixture, gate: str) -> tuple[float, ...]:
 def _naming(model: Mixture, truth: Mixture) -> list[int]:
     """Which fitted expert stands for each true one."""
 
-    def distance(order: Iterable[int]) -> float:
-        pairs = ((m.slope_E, m.offset_E) for m in (model, truth))
-        (slope_E, offset_E), (true_slope_E, true_offset_E) = pairs
-        index = list(order)
-        gap = (slope_E[index] - true_slope_E).abs() + (offset_E[index] - true_offset_E).abs()
-        return float(gap.sum())
+    def distance(order: list[int]) -> float:
+        slope_gap_E = (model.slope_E[order] - truth.slope_E).abs()
+        offset_gap_E = (model.offset_E[order] - truth.offset_E).abs()
+        return float((slope_gap_E + offset_gap_E).sum())
 
-    return list(min(itertools.permutations(range(EXPERTS)), key=distance))
+    return min(map(list, itertools.permutations(range(EXPERTS))), key=distance)
 
 
 @torch.no_grad()

@@ -127,6 +127,8 @@ def test_it_saves_and_loads_and_trains(tmp_path: Path, aligned: Callable[[Any], 
     grown = upcycle(decoder(DENSE, DENSE), TIED[3])
     grown.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        tensor.data = tensor.data.clone()  # a mapped file is not aligned: sums differ in a last bit
     ids = torch.randint(VOCABULARY, (2, 9))
     with torch.no_grad():
         assert aligned(loaded.eval())(ids).logits.equal(grown.eval()(ids).logits)

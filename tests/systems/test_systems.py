@@ -78,6 +78,8 @@ def test_designs_build_train_and_survive_files(
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path)
     loaded = MoEDecoderForCausalLM.from_pretrained(tmp_path)
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        tensor.data = tensor.data.clone()  # a mapped file is not aligned: sums differ in a last bit
     with torch.no_grad():
         assert aligned(loaded.eval())(ids).logits.equal(model.eval()(ids).logits)
 
