@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from contract_cases import EXPERTS, MIXED, PADDED, Case, Inputs
+from contract_oracle import relative_error
 
 from moekit.dispatch import Capacity, DispatchSpec, Dropless
 from moekit.experts import ExpertsSpec, SwiGLU
@@ -85,10 +86,14 @@ def test_a_layer_without_breaks_is_one_graph_forward_and_backward(row) -> None:
         y = run(x_ND, inputs.signals, inputs.carry).y
         grads = torch.autograd.grad(y.float().square().sum(), [x_ND, *layer.parameters()])
         found.append([y, *grads])
-    # bfloat16 rounds once fewer where the compiler joins two casts
-    tolerance = 2e-2 if row[3] == "bfloat16" else 1e-5
     for plain, traced in zip(*found, strict=True):
-        torch.testing.assert_close(traced, plain, rtol=tolerance, atol=tolerance)
+        # Compiled, a layer is plain operations; otherwise it is one operation that rounds at other
+        # places. A small entry of a bfloat16 gradient is a difference of large ones, so errors are
+        # taken over the largest, as where each is compared with the oracle.
+        if row[3] == "bfloat16":
+            assert relative_error(traced, plain) < 2e-2
+        else:
+            torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("router", ["TopK", "ReLURouting"])
