@@ -145,7 +145,7 @@ def _one_seed(shop: Workshop) -> Seed:
 def _moved(
     shop: Workshop, name: str, before: MoEDecoderForCausalLM, start: MoEDecoderForCausalLM
 ) -> Moved:
-    """Measures ``before`` first, since a dense model is tuned in place."""
+    """Measures ``before`` first, since training changes a dense model where it is."""
     old_before, new_before = (shop.bits(before, d) for d in (shop.domains.old, shop.domains.new))
     model = shop.tuned(name, start)
     return Moved(

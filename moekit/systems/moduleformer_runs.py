@@ -89,7 +89,7 @@ class Workshop:
         return self._trained(f"{design.name}-old", model, self.domains.old, self.budget.steps, 3e-3)
 
     def tuned(self, name: str, model: MoEDecoderForCausalLM) -> MoEDecoderForCausalLM:
-        """``model`` trained on the second domain, in place."""
+        """``model`` trained on the second domain."""
         return self._trained(name, model, self.domains.new, self.budget.tuning, 1e-3)
 
     def bits(self, model: MoEDecoderForCausalLM, data: TextData) -> float:
@@ -118,8 +118,10 @@ class Workshop:
             seed=self.seed,
         )
         folder = self.lab.output / f"{name}-seed{self.seed}".replace(" ", "-")
-        train(on_device(model, self.lab.device), data, spec, folder, progress=reporter)
-        return model
+        result = train(on_device(model, self.lab.device), data, spec, folder, progress=reporter)
+        # As loaded, whether it was trained now or earlier: what builds on it can then be resumed.
+        loaded = MoEDecoderForCausalLM.from_pretrained(result.checkpoint, local_files_only=True)
+        return on_device(loaded, self.lab.device)
 
 
 RUNS_A_SEED = 9  # four pre-trainings and five adaptations
