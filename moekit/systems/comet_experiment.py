@@ -36,6 +36,7 @@ from moekit.routing import (
     TopK,
 )
 from moekit.systems.experiment import Finding, Laboratory, Reproduction, judged
+from moekit.training import ProgressReporter
 
 COLUMNS, ROWS = 4, 2
 EXPERTS = COLUMNS * ROWS
@@ -172,27 +173,38 @@ def _run(
 ) -> dict[str, float]:
     problem = Problem(seed, lab.device)
     router = _router(spec, seed).to(lab.device)
-    groups = _groups(router)
-    if not groups:  # a hash table has nothing to learn
-        return asdict(_score(problem, router.eval(), name))
-    losses = RoutingLosses([LossSite((), router)])
-    optimiser = torch.optim.Adam(groups)
-    reporter = lab.progress.run(name, seed, *place)
-    reporter.start(budget.steps, name)
-    try:
-        for step in range(1, budget.steps + 1):
-            x_ND = problem.draw(BATCH)
-            routing = problem.route(router, x_ND)
-            error = problem.error(x_ND, routing)
-            optimiser.zero_grad()
-            (error + losses([routing])[0]).backward()
-            optimiser.step()
-            router.update(Load.of(routing))
-            if step % 100 == 0 or step == budget.steps:
-                reporter.update(step, float(error.detach()), None)
-    finally:
-        reporter.finish()
+    steps = _steps(spec, budget)
+    if steps:
+        reporter = lab.progress.run(name, seed, *place)
+        reporter.start(steps, name)
+        try:
+            _train(problem, router, steps, reporter)
+        finally:
+            reporter.finish()
     return asdict(_score(problem, router.eval(), name))
+
+
+def _steps(spec: RouterSpec, budget: Budget) -> int:
+    """Steps in which anything learns: of a hash table none, around one those of the search."""
+    if isinstance(spec, Hash):
+        return 0
+    around_hash = isinstance(spec, Permuted) and isinstance(spec.router, Hash)
+    return budget.search if around_hash else budget.steps
+
+
+def _train(problem: Problem, router: Router, steps: int, reporter: ProgressReporter) -> None:
+    losses = RoutingLosses([LossSite((), router)])
+    optimiser = torch.optim.Adam(_groups(router), fused=True)
+    for step in range(1, steps + 1):
+        x_ND = problem.draw(BATCH)
+        routing = problem.route(router, x_ND)
+        error = problem.error(x_ND, routing)
+        optimiser.zero_grad()
+        (error + losses([routing])[0]).backward()
+        optimiser.step()
+        router.update(Load.of(routing))
+        if step % 100 == 0 or step == steps:
+            reporter.update(step, float(error.detach()), None)
 
 
 def _router(spec: RouterSpec, seed: int) -> Router:

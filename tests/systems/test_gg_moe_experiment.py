@@ -134,6 +134,14 @@ def test_more_samples_are_of_the_same_network(tmp_path: Path) -> None:
     assert (mlp["active"], moe["active"], gg["active"]) == (1, 16, 16)
 
 
+def test_the_distance_between_numbers_of_samples() -> None:
+    pairs = [(0.0, 0.0), (1.1, 1.0), (0.9, 1.0)]
+    names = ("test_loss", "test_loss_of_many_samples")
+    found = [dict(zip(names, pair, strict=True)) for pair in pairs]
+    assert study._distance(found) == pytest.approx(0.1)
+    assert study._distance(found[:1]) == 0
+
+
 def test_ranks() -> None:
     assert study.ranks([0.3, 0.1, 0.2]) == [3, 1, 2]
     assert study.ranks([0.1, 0.1, 0.2]) == [1.5, 1.5, 3]
