@@ -164,7 +164,7 @@ class OwnDecoder(Architecture):
         return output[: len(args)]
 
     def skip(self, args: tuple[Any, ...]) -> Any:
-        return (*args, None)
+        return (*args, ())
 
 
 def _bank_weights(bank: FeedForwardExperts) -> ExpertWeights:

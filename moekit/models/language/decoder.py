@@ -109,6 +109,8 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(_layers(config))
+        self.has_dense_attention = any(spec is None for spec in config.attention_specs)
+        self.has_attention_mixture = _has_attention_mixture(config)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MoEDecoderRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -195,8 +197,7 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         """What attention of the kinds that this model has is given, made once for all blocks."""
         given = (x_BTD, attention_mask, cache, positions)
         position_ids = _positions(x_BTD, cache) if positions is None else positions
-        dense = any(isinstance(layer.self_attn, MoEDecoderAttention) for layer in self.layers)
-        mixed = any(isinstance(layer.self_attn, AttentionMixture) for layer in self.layers)
+        dense, mixed = self.has_dense_attention, self.has_attention_mixture
         read = dense or self._needs_sequences
         return {
             "attention_mask": self._causal_mask(*given) if read else None,
