@@ -128,18 +128,24 @@ def test_more_samples_are_of_the_same_network(tmp_path: Path) -> None:
     budget = Budget(seeds=1, rates=(), epochs=3, patience=5)
     mlp, moe, gg = (study._run(lab, "", "wine", name, 3e-3, 0, budget, (0, 1)) for name in MODELS)
     for result in (mlp, moe):
-        assert result["test_loss"] == result["test_loss_of_many_samples"]
+        for measure in ("test_loss", "test_error"):
+            assert result[measure] == result[f"{measure}_of_many_samples"]
     gap = abs(gg["test_loss"] / gg["test_loss_of_many_samples"] - 1)
     assert 0 < gap < 0.05
     assert (mlp["active"], moe["active"], gg["active"]) == (1, 16, 16)
 
 
 def test_the_distance_between_numbers_of_samples() -> None:
-    pairs = [(0.0, 0.0), (1.1, 1.0), (0.9, 1.0)]
-    names = ("test_loss", "test_loss_of_many_samples")
-    found = [dict(zip(names, pair, strict=True)) for pair in pairs]
-    assert study._distance(found) == pytest.approx(0.1)
-    assert study._distance(found[:1]) == 0
+    def of(measure: str, *pairs: tuple[float, float], is_share: bool) -> float:
+        names = (measure, f"{measure}_of_many_samples", "is_share")
+        found = [dict(zip(names, (*pair, is_share), strict=True)) for pair in pairs]
+        return study._distance(found, measure)
+
+    pairs = ((0.0, 0.0), (0.22, 0.2), (0.18, 0.2))  # 0.04 / 3 apart, of 0.4 / 3
+    assert of("test_loss", *pairs, is_share=True) == pytest.approx(0.1)
+    assert of("test_error", *pairs, is_share=False) == pytest.approx(0.1)
+    assert of("test_error", *pairs, is_share=True) == pytest.approx(0.04 / 3)
+    assert of("test_loss", pairs[0], is_share=True) == 0
 
 
 def test_ranks() -> None:
@@ -148,15 +154,17 @@ def test_ranks() -> None:
     assert study.ranks([0.2, 0.2, 0.2]) == [2, 2, 2]
 
 
-def results(errors: dict[str, float], parameters: float = 30.0, gap: float = 0.001) -> Any:
+def results(errors: dict[str, float], parameters: float = 30.0, gap: float = 0.0002) -> Any:
     """Ten seeds whose errors differ a little, in the same order everywhere."""
     return {
         (table, name): [
             {
                 "validation_error": error,
                 "test_error": error + seed / 1000,
-                "test_loss": 1 + gap,
+                "test_error_of_many_samples": error + seed / 1000 + gap,
+                "test_loss": 1.3,
                 "test_loss_of_many_samples": 1.0,
+                "is_share": table != "diabetes",
                 "parameters": 100.0 if name == "MLP" else parameters,
                 "active": 1.0,
             }
