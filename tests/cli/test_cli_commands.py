@@ -333,7 +333,7 @@ def test_a_process_that_is_interrupted_and_run_again(tiny: list[str], tmp_path: 
         [*command, *tiny],
         capture_output=True,
         check=True,
-        timeout=120,
+        timeout=600,  # two processes that import torch, on a machine that may be busy
         **options,  # type: ignore[call-overload]
     )
     assert "Report: out/report.html" in short.stdout

@@ -42,14 +42,14 @@ def test_costs_of_both_ways() -> None:
     sizes = Sizes(16, 32, sequences=3, length=10)
     found = {(c.way, c.k): c for c in costs(sizes, (1, 2, 4), 1)}
     bank = 2 * 16 * 32 + 16 + 32  # entries of an expert, biases included
-    products, combine = 2 * 2 * 16 * 32, 2 * 16
+    products = 2 * 2 * 16 * 32
     for k in (1, 2, 4):
         run, merged = found["run", k], found["merged", k]
         assert run.rows_per_token == k
         assert merged.rows_per_token == 1
-        assert run.mflops_per_token == pytest.approx(k * (products + combine) / 1e6)
+        assert run.mflops_per_token == pytest.approx(k * products / 1e6)
         merging = 2 * 8 * bank / sizes.length
-        assert merged.mflops_per_token == pytest.approx((products + combine + merging) / 1e6)
+        assert merged.mflops_per_token == pytest.approx((products + merging) / 1e6)
         assert 0 < run.forward_ms < run.training_ms
     line = [Cost("run", k, k, 0, 3.0 + 2.0 * k, 0) for k in (1, 2, 5)]
     assert slope(line) == pytest.approx(2.0)
@@ -107,9 +107,8 @@ def test_outcomes_count_what_was_computed(digits: Digits) -> None:
         assert 0 <= outcome.accuracy <= 1
     weights = 2 * meo_encoder.WIDTH * meo_encoder.HIDDEN
     more = found["MoE, 4 a sequence"].mflops_per_image - found["MEO, sequence"].mflops_per_image
-    out = meo_encoder.WIDTH + meo_encoder.HIDDEN  # the plan's combine, a multiply-add an output
-    biases = out
-    running = 3 * 2 * meo_encoder.TOKENS * (weights + out)
+    biases = meo_encoder.WIDTH + meo_encoder.HIDDEN
+    running = 3 * 2 * meo_encoder.TOKENS * weights
     merging = 2 * meo_encoder.EXPERTS * (weights + biases)
     assert more == pytest.approx((running - merging) / 1e6)
 
