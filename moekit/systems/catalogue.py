@@ -14,6 +14,7 @@ from moekit.systems.moduleformer import MODULEFORMER
 from moekit.systems.moepp import MOEPP
 from moekit.systems.momentum_smoe import MOMENTUM_SMOE
 from moekit.systems.planned import PLANNED
+from moekit.systems.pruning import DERN, UNCURL
 from moekit.systems.rectify_router import RECTIFY_ROUTER
 from moekit.systems.remoe import REMOE
 from moekit.systems.sparsity_constrained_ot import (
@@ -52,6 +53,8 @@ def systems() -> tuple[System, ...]:
         MEO,
         SPARSITY_CONSTRAINED_OT,
         MODULEFORMER,
+        DERN,
+        UNCURL,
         *PLANNED,
     )
 

@@ -35,18 +35,6 @@ PLANNED = (
         "upcycling, a frozen modality router, a shared expert",
     ),
     _planned(
-        "dern",
-        "DERN: drops experts and moves their neurons into those that are kept",
-        "2509.10377",
-        "a plan of surgery from recorded router statistics",
-    ),
-    _planned(
-        "uncurl",
-        "UNCURL: merges experts by the router logits of a task",
-        "2409.01483",
-        "a plan of surgery from clustered logits",
-    ),
-    _planned(
         "llava_mole",
         "LLaVA-MoLE: top-1 mixture of LoRA experts",
         "2401.16160",
