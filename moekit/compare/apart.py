@@ -10,10 +10,11 @@ import contextlib
 import multiprocessing
 import pickle
 import signal
-import threading
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -83,14 +84,19 @@ class _Worker:
         self._process: SpawnProcess = spawning.Process(target=_work, args=target)
 
     def __enter__(self) -> _Worker:
-        with _interrupts_ignored():
-            self._process.start()
+        try:
+            with _interrupts_kept_here():
+                self._process.start()
+        except BaseException:
+            self.__exit__()
+            raise
         self._sender.close()  # so that the other end's closing is seen
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.terminate()  # does nothing to a process that has ended
-        self._process.join()
+        if self._process.pid is not None:
+            self._process.terminate()  # does nothing to a process that has ended
+            self._process.join()
         self._receiver.close()
 
     def attend(self, reporter: ProgressReporter) -> Any:
@@ -164,13 +170,14 @@ def _portable(error: Exception) -> Exception:
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """A process started meanwhile ignores control-C for good: the one that waits ends it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers, and only it is interrupted
+def _interrupts_kept_here() -> Iterator[None]:
+    """A process started meanwhile never gets control-C: the one that waits for it ends it."""
+    if sys.platform == "win32":  # where a new process has no mask to inherit
+        yield
         return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # whose start would let signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

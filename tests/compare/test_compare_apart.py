@@ -95,3 +95,18 @@ def test_a_worker_returns_and_tells() -> None:
 def test_how_a_worker_can_end(how: str, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         _attended(how)
+
+
+def test_an_interrupt_while_a_worker_starts_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = _Worker("a run", _work, ("well",), (7,))
+    start = worker._process.start
+
+    def interrupted() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        start()
+
+    monkeypatch.setattr(worker._process, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), worker:
+        pass
+    assert worker._process.pid is None or worker._process.exitcode is not None
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
