@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -48,26 +49,28 @@ class AttentionMixture(nn.Module):
         x_BTD: Tensor,
         signals: Signals,
         carry: Carry,
-        allowed: Tensor | None,
+        visible_BTS: Tensor | None,
         past_key_values: Cache | None = None,
         **_: Any,
     ) -> tuple[MoEOutput, Tensor | None]:
         """The layer's output, and the weights (B, heads · K, T, S) of the slots' attention.
 
         Args:
-            allowed: (B or 1, 1, T, S), True where a query may look at a key; None for no token.
+            visible_BTS: (B or 1, T, S), True where a query may look at a key; None where each looks
+                at itself and all before it.
             past_key_values: the KV cache; S counts what it holds already.
 
         Raises:
             SignalError: the cache is of another model, or there is none and the sequence is longer
                 than ``max_position_embeddings``.
         """
-        if allowed is None:
+        if not x_BTD.shape[:2].numel():
             return self.mixture(x_BTD, signals, carry, lambda inner_NKI: inner_NKI), None
         self._check(x_BTD, past_key_values)
         key, value = (self._heads(project(x_BTD)) for project in (self.k_proj, self.v_proj))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        allowed = _allowed(visible_BTS, x_BTD.shape[1], key)
         seen: list[Tensor] = []
 
         def attend(query_NKI: Tensor) -> Tensor:
@@ -103,3 +106,13 @@ class AttentionMixture(nn.Module):
                     f"model wants (batch, heads, tokens, head width) with {wanted[0]}, {wanted[1]} "
                     f"and {wanted[2]}, so pass the cache that it returned itself"
                 )
+
+
+def _allowed(visible_BTS: Tensor | None, queries: int, key: Tensor) -> Tensor:
+    """(B or 1, 1, T, S), True where a query may look at a key."""
+    if visible_BTS is not None:
+        return visible_BTS[:, None]
+    everything = torch.ones(queries, key.shape[2], dtype=torch.bool, device=key.device)
+    if queries > 1:  # the first tokens of all: the places behind them are of a cache's to come
+        everything = everything.tril()
+    return everything[None, None]

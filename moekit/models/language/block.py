@@ -77,7 +77,7 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         carry: Carry,
         signals: Signals,
         rotation: Rotation | None,
-        allowed: Tensor | None = None,
+        visible_BTS: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Carry, Records]:
         """The block's output, what the next block is handed, and the records of its mixtures.
@@ -89,7 +89,7 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         """
         cache = kwargs.get("past_key_values")
         if isinstance(self.self_attn, AttentionMixture):
-            x_BTD, carry, first = self._mix(x_BTD, carry, signals, allowed, **kwargs)
+            x_BTD, carry, first = self._mix(x_BTD, carry, signals, visible_BTS, **kwargs)
         else:
             normed_BTD = self.input_layernorm(x_BTD)
             attended_BTD, _, heads = self.self_attn(normed_BTD, rotation, **kwargs)
@@ -103,7 +103,7 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         x_BTD: Tensor,
         carry: Carry,
         signals: Signals,
-        allowed: Tensor | None,
+        visible_BTS: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Carry, Records]:
         """Attention as a mixture."""
@@ -114,7 +114,7 @@ class MoEDecoderLayer(GradientCheckpointingLayer):
         return self._attention_sum(
             x_BTD,
             carry,
-            lambda ahead: attention(norm(ahead), signals, carry, allowed, **kwargs)[0],
+            lambda ahead: attention(norm(ahead), signals, carry, visible_BTS, **kwargs)[0],
         )
 
     def _seen(self, signals: Signals, heads: Heads) -> Signals:

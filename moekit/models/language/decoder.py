@@ -21,10 +21,9 @@ from moekit.models.language.attention import MoEDecoderAttention, MoEDecoderRota
 from moekit.models.language.attention_mixture import AttentionMixture
 from moekit.models.language.block import MoEDecoderLayer
 from moekit.models.language.config import MoEDecoderConfig
-from moekit.models.language.masks import allowed_keys
 from moekit.models.language.output import MoEDecoderOutput
-from moekit.models.language.routing_signals import AS_SDPA, is_readable, sequences_of
-from moekit.routing import Carry, Loss, Router, Signals
+from moekit.models.language.routing_signals import AS_SDPA, is_readable, visible_keys
+from moekit.routing import Carry, Loss, Router, Sequences, Signals
 
 AttentionMask = Tensor | dict[str, Tensor | None] | None
 
@@ -96,10 +95,8 @@ class MoEDecoderPreTrainedModel(PreTrainedModel):
         mask = visible = create_masks_for_generate(config, *given, **kwargs)
         if not is_readable(config):
             visible = create_masks_for_generate(AS_SDPA, *given, **kwargs)
-        allowed = allowed_keys(config, *given) if _has_attention_mixture(config) else None
         valid_BT = valid_tokens(attention_mask, inputs_embeds.shape[1])
-        masks = {"full_attention": mask, "visible": visible, "allowed": allowed}
-        return {**masks, "valid": valid_BT}
+        return {"full_attention": mask, "visible": visible, "valid": valid_BT}
 
 
 class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-call]
@@ -110,7 +107,7 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(_layers(config))
         self.has_dense_attention = any(spec is None for spec in config.attention_specs)
-        self.has_attention_mixture = _has_attention_mixture(config)
+        self.has_attention_mixture = any(spec is not None for spec in config.attention_specs)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MoEDecoderRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -155,7 +152,7 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         shared = self._attention_inputs(*given)
         signals = _signals(x_BTD, input_ids, attention_mask, task_ids)
         if self._needs_sequences:
-            sequences = sequences_of(self.config, *given, shared["attention_mask"])
+            sequences = Sequences(len(x_BTD), shared["visible_BTS"])
             signals = signals.replace(sequences=sequences)
         shared |= {"signals": signals, **kwargs}
         if use_cache and past_key_values is None:
@@ -197,25 +194,15 @@ class MoEDecoderModel(MoEDecoderPreTrainedModel):  # type: ignore[no-untyped-cal
         """What attention of the kinds that this model has is given, made once for all blocks."""
         given = (x_BTD, attention_mask, cache, positions)
         position_ids = _positions(x_BTD, cache) if positions is None else positions
-        dense, mixed = self.has_dense_attention, self.has_attention_mixture
-        read = dense or self._needs_sequences
+        mask = self._causal_mask(*given)
+        read = self.has_attention_mixture or self._needs_sequences
+        dense = self.has_dense_attention
         return {
-            "attention_mask": self._causal_mask(*given) if read else None,
-            "allowed": self._allowed_keys(*given) if mixed else None,
+            "attention_mask": mask,
+            "visible_BTS": visible_keys(self.config, *given, mask) if read else None,
             "position_ids": position_ids,
             "rotation": self.rotary_emb(x_BTD, position_ids) if dense else None,
         }
-
-    def _allowed_keys(
-        self,
-        x_BTD: Tensor,
-        attention_mask: AttentionMask,
-        cache: Cache | None,
-        positions: Tensor | None,
-    ) -> Tensor | None:
-        if isinstance(attention_mask, dict):  # prepared by ``create_masks_for_generate``
-            return attention_mask["allowed"]
-        return allowed_keys(self.config, x_BTD, attention_mask, cache, positions)
 
     def _causal_mask(
         self,
@@ -281,7 +268,3 @@ def valid_tokens(attention_mask: AttentionMask, length: int) -> Tensor | None:
     if attention_mask is None or attention_mask.dim() != 2:
         return None
     return attention_mask[:, attention_mask.shape[1] - length :].bool()
-
-
-def _has_attention_mixture(config: MoEDecoderConfig) -> bool:
-    return any(spec is not None for spec in config.attention_specs)

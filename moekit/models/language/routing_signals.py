@@ -14,7 +14,7 @@ from transformers.masking_utils import create_causal_mask
 
 from moekit.models.language.attention import Heads, MoEDecoderAttention
 from moekit.models.language.config import MoEDecoderConfig
-from moekit.routing import DotProductAttention, Sequences, Signals
+from moekit.routing import DotProductAttention, Signals
 
 
 class _AsSDPA(SimpleNamespace):
@@ -66,15 +66,15 @@ def is_readable(config: MoEDecoderConfig) -> bool:
     return config._attn_implementation in ("eager", "sdpa")
 
 
-def sequences_of(
+def visible_keys(
     config: MoEDecoderConfig,
     x_BTD: Tensor,
     attention_mask: Any,
     cache: Cache | None,
     positions: Tensor | None,
     causal_mask: Any,
-) -> Sequences:
-    """The sequences of a batch, in which every token sees what attention lets it see.
+) -> Tensor | None:
+    """Which tokens each token sees (B or 1, T, S); None where each sees itself and all before it.
 
     Args:
         causal_mask: what the attention implementation takes as its mask; the other arguments are
@@ -92,7 +92,7 @@ def sequences_of(
             past_key_values=cache,
             position_ids=positions,
         )
-    return Sequences(x_BTD.shape[0], None if mask is None else _visible(mask))
+    return None if mask is None else _visible(mask)
 
 
 def _visible(mask_BATP: Tensor) -> Tensor:
