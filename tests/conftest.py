@@ -18,6 +18,10 @@ import pytest
 import torch
 from torch import nn
 
+# Triton reads this when a kernel is defined: without a GPU its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # The tensors of the tests are too small to be worth sharing among cores.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -13,10 +15,11 @@ from moekit.dispatch.few_rows import FEW, FewRows
 from moekit.dispatch.grouped import Grouped
 from moekit.dispatch.plan import Plan
 from moekit.dispatch.streamed import Streamed
+from moekit.errors import SpecError
 from moekit.experts.experts import FeedForward
 from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
 
-BackendName = Literal["auto", "streamed", "few_rows", "grouped_mm", "loop"]
+BackendName = Literal["auto", "streamed", "few_rows", "grouped_mm", "triton", "loop"]
 
 # Where on a CPU one backend overtakes another, measured: elements of an expert's first weight, and
 # the same times its rows, which is a third of its multiply-adds for gated experts.
@@ -53,7 +56,7 @@ class Choice:
             return None
         if isinstance(plan.groups, PaddedGroups) or not _plain(x_ND, bank):
             return None
-        found = _fastest(x_ND, plan, bank) if self.name == "auto" else _BY_NAME[self.name]()
+        found = _fastest(x_ND, plan, bank) if self.name == "auto" else _named(self.name, x_ND)
         self._log(found, x_ND)
         return found
 
@@ -67,8 +70,46 @@ class Choice:
 _BY_NAME: dict[str, type[Backend]] = {kind.name: kind for kind in (Streamed, FewRows, Grouped)}
 
 
+def _named(name: str, x_ND: Tensor) -> Backend:
+    if name != "triton":
+        return _BY_NAME[name]()
+    found = _triton(x_ND)
+    if found is None:
+        raise SpecError(
+            f"backend='triton' was asked for on {x_ND.device}; it needs the package triton and an "
+            "NVIDIA GPU of compute capability 8.0 (or TRITON_INTERPRET=1 in the environment, for "
+            "tests); use backend='auto'"
+        )
+    return found
+
+
+def _triton(x_ND: Tensor) -> Backend | None:
+    """The kernels, or grouped products for a dtype that they do not take; None where they cannot
+    run.
+
+    They are imported when first asked for: triton is not everywhere, and where it is, those who
+    never use it should not wait for it.
+    """
+    if find_spec("triton") is None:
+        return None
+    from moekit.dispatch.triton_backend import DTYPES, INTERPRETED, Triton
+
+    on_device = x_ND.device.type == "cuda" and _nvidia(x_ND.device)
+    if not (on_device or INTERPRETED):
+        return None
+    return Triton() if x_ND.dtype in DTYPES else Grouped()
+
+
+@cache
+def _nvidia(device: torch.device) -> bool:
+    """Whether the GPU has the matrix units that the kernels are written for."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend:
     """The backend for these sizes; looks at no number on the device."""
+    if x_ND.device.type == "cuda":
+        return _triton(x_ND) or Grouped()
     if x_ND.device.type != "cpu":
         return Grouped()
     experts, inner, width = bank.up_EJD.shape

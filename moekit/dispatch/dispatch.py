@@ -128,8 +128,10 @@ class Dropless(DispatchSpec):
             another, and ``few_rows`` is for a handful of rows an expert, as in decoding; both for
             CPUs. ``grouped_mm`` takes all rows at once through
             ``torch.nn.functional.grouped_mm``, or the loop where that does not take the dtype or
-            sizes. ``loop`` is one plain product an expert, the oracle. ``auto`` chooses among the
-            first three by device, dtype and shape, and logs its choice. Other banks run through
+            sizes. ``triton`` runs kernels of our own on NVIDIA GPUs, gathers, activation and
+            weighting fused into the products. ``loop`` is one plain product an expert, the
+            oracle. ``auto`` chooses among the others by device, dtype and shape, and logs its
+            choice. Other banks run through
             grouped products or the loop. Results agree to rounding.
     """
 

@@ -67,7 +67,7 @@ class Grouped(Backend):
             found = found._replace(down_EOH=groups.weight_gradient(rows_RO, scaled_RH))
         if wanted.down_bias:
             scaled_RO = rows_RO * weight_R1.to(rows_RO.dtype)
-            found = found._replace(down_bias_EO=_per_expert(scaled_RO, plan))
+            found = found._replace(down_bias_EO=per_expert(scaled_RO, plan))
         if wanted.x or wanted.up or wanted.up_bias:
             found = self._first(pull(back_RH.mul_(weight_R1)), x_ND, plan, bank, wanted, found)
         return found
@@ -87,7 +87,7 @@ class Grouped(Backend):
             rows_RD = x_ND.index_select(0, plan.token_R)
             found = found._replace(up_EJD=groups.weight_gradient(back_RJ, rows_RD))
         if wanted.up_bias:
-            found = found._replace(up_bias_EJ=_per_expert(back_RJ, plan))
+            found = found._replace(up_bias_EJ=per_expert(back_RJ, plan))
         if wanted.x:
             rows_RD = self.product(groups, back_RJ, bank.up_EJD.mT)
             found = found._replace(x_ND=_sum(rows_RD, plan, weighted=False))
@@ -111,7 +111,7 @@ def _sum(rows_RX: Tensor, plan: Plan, *, weighted: bool) -> Tensor:
     return total_NX.index_add_(0, plan.token_R, summed_RX).to(rows_RX.dtype)
 
 
-def _per_expert(rows_RX: Tensor, plan: Plan) -> Tensor:
+def per_expert(rows_RX: Tensor, plan: Plan) -> Tensor:
     """The sum of each expert's rows, (E, X)."""
     count_E = plan.groups.count_E
     expert_E = torch.arange(len(count_E), device=count_E.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from moekit.experts.activation import Activation, GatedSiLU
 from moekit.experts.experts import FeedForward
 from moekit.routing import Routing
 
-_BACKENDS = ("auto", "streamed", "few_rows", "grouped_mm", "loop")
 
 
 def register_experts(name: str = "moekit", backend: BackendName = "auto") -> None:
@@ -44,8 +44,9 @@ def register_experts(name: str = "moekit", backend: BackendName = "auto") -> Non
         >>> model(torch.tensor([[1, 2, 3]])).logits.shape
         torch.Size([1, 3, 32])
     """
-    if backend not in _BACKENDS:
-        raise SpecError(f"backend is {backend!r}; wanted one of {', '.join(_BACKENDS)}")
+    known = get_args(BackendName)
+    if backend not in known:
+        raise SpecError(f"backend is {backend!r}; wanted one of {', '.join(known)}")
     interface = experts_of_transformers.ALL_EXPERTS_FUNCTIONS
     taken = interface.get(name) if name in interface else None
     if name == "eager" or not (taken is None or isinstance(taken, _Experts)):

@@ -164,6 +164,7 @@ DISPATCHES: dict[str, tuple[DispatchSpec, ...]] = {
         Dropless(backend="grouped_mm"),
         Dropless(backend="streamed"),
         Dropless(backend="few_rows"),
+        Dropless(backend="triton"),
     ),
     "Capacity": (
         Capacity(factor=1.0, eval_factor=1.0),

@@ -43,14 +43,19 @@ def cancellation(weight_NK: Tensor, leaf: Tensor, by_weight_NK: Tensor) -> float
     return float(terms.abs().sum(0).max() / terms.sum(0).abs().max())
 
 
-def tolerance(leaf: str, dtype: torch.dtype) -> float:
-    """The tolerance of a leaf's gradient.
+def tolerance(case: Case, leaf: str, dtype: torch.dtype) -> float:
+    """The tolerance of the output or of a leaf's gradient.
 
     That of a constant expert's mixing weights sums terms of both signs over tokens, each rounded
-    in bfloat16: with plain top-k 7 of 400 draws are more than 2e-2 off.
+    in bfloat16: with plain top-k 7 of 400 draws are more than 2e-2 off. Triton's interpreter cuts
+    off bits where a GPU rounds to bfloat16, which is twice as far off.
     """
-    rounded = leaf.endswith("mix_proj") and dtype == torch.bfloat16
-    return 5e-2 if rounded else TOLERANCE[dtype]
+    if dtype != torch.bfloat16:
+        return TOLERANCE[dtype]
+    if leaf.endswith("mix_proj"):
+        return 5e-2
+    cut_off = case.dispatch == Dropless(backend="triton") and not torch.cuda.is_available()
+    return 2 * TOLERANCE[dtype] if cut_off else TOLERANCE[dtype]
 
 
 def gradients(layer: MoE, x_ND: Tensor, y: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
@@ -118,7 +123,7 @@ def test_equals_the_dense_oracle(case: Case, dtype: torch.dtype) -> None:
     done = run(layer, inputs)
     wanted = layer_output(layer, x_ND, done.routing)
     assert done.y_ND.dtype == dtype
-    assert relative_error(done.y_ND, wanted) < TOLERANCE[dtype]
+    assert relative_error(done.y_ND, wanted) < tolerance(case, "y", dtype)
     if not gradients_survive_rounding(case, dtype):
         return
     cotangent = torch.randn(wanted.shape, dtype=torch.float64)
@@ -126,13 +131,13 @@ def test_equals_the_dense_oracle(case: Case, dtype: torch.dtype) -> None:
     theirs = gradients(layer, x_ND, wanted, cotangent)
     for leaf, gradient in theirs.items():
         error = relative_error(ours[leaf], gradient)
-        if leaf.startswith("router.") and error >= TOLERANCE[dtype]:
+        if leaf.startswith("router.") and error >= tolerance(case, leaf, dtype):
             weight_NK = done.routing.weight_NK
             (by_weight_NK,) = torch.autograd.grad(
                 (wanted * cotangent).sum(), weight_NK, retain_graph=True
             )
             error /= cancellation(weight_NK, layer.get_parameter(leaf), by_weight_NK)
-        assert error < tolerance(leaf, dtype), leaf
+        assert error < tolerance(case, leaf, dtype), leaf
 
 
 def differentiates_its_values(case: Case) -> bool:

@@ -30,7 +30,7 @@ from moekit.surgery import register_experts
 
 NAMES = decorated()
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-BACKENDS = ("auto", "streamed", "few_rows", "grouped_mm", "loop")
+BACKENDS = ("auto", "streamed", "few_rows", "grouped_mm", "triton", "loop")
 # These cast to float32 somewhere, whatever the dtype of their weights.
 IN_FLOAT32 = (
     "inkling2:Inkling2Experts",
@@ -101,8 +101,10 @@ def compare(name: str, implementation: str, dtype: torch.dtype, tokens: int = 11
     given = results(module, implementation, x_ND, expert_NK, weight_NK)
     assert given["y"].dtype == dtype
     rough = name in IN_FLOAT32 and dtype == torch.float64
+    # Triton's interpreter cuts off bits where a GPU rounds to bfloat16.
+    cut_off = implementation.endswith("triton") and dtype == torch.bfloat16
     for leaf, error in errors(given, wanted).items():
-        assert error < (1e-6 if rough else TOLERANCE[dtype]), leaf
+        assert error < (1e-6 if rough else TOLERANCE[dtype] * (1 + cut_off)), leaf
 
 
 def test_all_models_are_found() -> None:
