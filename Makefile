@@ -79,9 +79,9 @@ lock: ## write requirements/lock.txt anew from pyproject.toml
 	{ \
 		sed '/^#/!d' requirements/lock.txt; \
 		$$pip freeze --all --exclude-editable --exclude pip --exclude torch \
-			| grep -Ev '^(cuda|nvidia|triton)'; \
+			| grep -Ev '^(cuda|nvidia)' | sed 's/^triton==.*/&; sys_platform == "linux"/'; \
 	} > "$$folder/lock.txt"; \
-	if grep -v '^#' "$$folder/lock.txt" | grep -Ev '^[A-Za-z0-9._-]+==[0-9A-Za-z.!]+$$'; then \
+	if grep -v '^#' "$$folder/lock.txt" | grep -Ev '^[A-Za-z0-9._-]+==[0-9A-Za-z.!]+(; sys_platform == "linux")?$$'; then \
 		echo "error: the lines above are no plain pins; requirements/lock.txt is unchanged" >&2; \
 		exit 1; \
 	fi; \

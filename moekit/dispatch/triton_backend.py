@@ -52,7 +52,7 @@ class Triton(Backend):
     def forward(
         self, x_ND: Tensor, plan: Plan, bank: FeedForward, keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        rows = _Rows(plan, x_ND.dtype, self.tiles)
+        rows = Launches(plan, x_ND.dtype, self.tiles)
         if isinstance(bank.activation, GatedSiLU):
             inner_RJ, outer_RH = rows.gated(x_ND, bank, keep)
         else:
@@ -72,7 +72,7 @@ class Triton(Backend):
         inner: list[Tensor],
         wanted: Wanted,
     ) -> Gradients:
-        rows = _Rows(plan, x_ND.dtype, self.tiles)
+        rows = Launches(plan, x_ND.dtype, self.tiles)
         step = rows.gated_back if isinstance(bank.activation, GatedSiLU) else rows.back
         scaled_RH, back_RJ, dot_R = step(grad_NO, bank, inner[0])
         found = Gradients()
@@ -98,7 +98,7 @@ class Triton(Backend):
         return found
 
 
-class _Rows:
+class Launches:
     """Launches kernels over the rows of one plan."""
 
     def __init__(self, plan: Plan, dtype: torch.dtype, tiles: Tiles | None) -> None:

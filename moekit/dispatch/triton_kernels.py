@@ -8,7 +8,7 @@ the host; there are as many programs as there can be tiles at most, and those wi
 Row numbers that index memory are 64 bits wide: R times a width passes 2³¹ in long batches.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl
@@ -69,7 +69,7 @@ def left_tile(left_R1, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def add_product(a, b, total, PRECISION: tl.constexpr):
-    """``total + a b``, in float32; ``exact`` is for the interpreter, which multiplies no bfloat16."""
+    """``total + a b``; ``exact`` is for the interpreter, which cannot multiply bfloat16."""
     if PRECISION == "exact":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     else:

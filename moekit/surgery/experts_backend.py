@@ -18,7 +18,6 @@ from moekit.experts.experts import FeedForward
 from moekit.routing import Routing
 
 
-
 def register_experts(name: str = "moekit", backend: BackendName = "auto") -> None:
     """Make moekit's kernels an experts implementation of transformers, under ``name``.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
 import pytest
 import torch
 
@@ -48,4 +51,23 @@ def products(monkeypatch: pytest.MonkeyPatch) -> ProductCounter:
 
     for module in (few_rows, streamed):
         monkeypatch.setattr(module, "product", product)
+    if find_spec("triton") is not None:
+        _watch_launches(counter, monkeypatch)
     return counter
+
+
+def _watch_launches(counter: ProductCounter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count the rows of the launches that multiply."""
+    from moekit.dispatch.triton_backend import Launches
+
+    def watch(name: str) -> None:
+        original = getattr(Launches, name)
+
+        def launch(self: Launches, *given: Any, **named: Any) -> Any:
+            counter.rows.append(self.rows)
+            return original(self, *given, **named)
+
+        monkeypatch.setattr(Launches, name, launch)
+
+    watch("product")
+    watch("gated")

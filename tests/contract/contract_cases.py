@@ -12,6 +12,7 @@ import importlib
 import itertools
 import pkgutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -164,7 +165,7 @@ DISPATCHES: dict[str, tuple[DispatchSpec, ...]] = {
         Dropless(backend="grouped_mm"),
         Dropless(backend="streamed"),
         Dropless(backend="few_rows"),
-        Dropless(backend="triton"),
+        *([Dropless(backend="triton")] if find_spec("triton") else []),
     ),
     "Capacity": (
         Capacity(factor=1.0, eval_factor=1.0),
