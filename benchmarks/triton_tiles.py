@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,7 +113,7 @@ def main() -> None:
                 if tokens < 64 and (kernel == "gradient" or tile.rows > 64):
                     continue
                 try:
-                    time = triton.testing.do_bench(lambda: run(tile), 5, 20, return_mode="median")
+                    time = triton.testing.do_bench(partial(run, tile), 5, 20, return_mode="median")
                 except Exception as error:  # too much shared memory, for one
                     print(tokens, kernel, tile, repr(error)[:90], flush=True)
                     continue

@@ -65,7 +65,7 @@ def layer_command(
     nothing else; a grid of large layers needs about 10 GB of memory.
     """
     where = torch.device(opt.device_of(device))
-    shapes = _shapes(quick, tokens, experts, k, width, hidden, _dtypes(dtypes))
+    shapes = _shapes(quick, tokens, experts, k, width, hidden, _dtypes(dtypes), where.type)
     modes = _modes(mode)
     opt.require_writable(output)
     if threads:
@@ -76,6 +76,8 @@ def layer_command(
     for timing in _timings(shapes, modes, limits, where, repeats, seed, all_backends):
         timings.append(timing)
         console.print(_line(timing), highlight=False, markup=False)
+        # Shape by shape, so that an interrupted run keeps what it measured.
+        write_json(output / "layer.json", results(timings, limits, [], machine(str(where))))
     tokens_of_zero = 512 if quick else 2048
     zero = time_zero_computation(where, tokens=tokens_of_zero, repeats=repeats, seed=seed)
     found = results(timings, limits, zero, machine(str(where)))
@@ -117,9 +119,10 @@ def _shapes(
     width: int,
     hidden: int,
     dtypes: list[str],
+    device: str,
 ) -> list[LayerShape]:
     if tokens is None:
-        return grid(quick, dtypes)
+        return grid(quick, dtypes, device)
     if k > experts:
         raise SpecError(f"--k is {k} and there are {experts} experts; k is at most that")
     for name, value in (("experts", experts), ("k", k), ("width", width), ("hidden", hidden)):

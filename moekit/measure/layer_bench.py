@@ -18,12 +18,18 @@ from moekit.dispatch import Dropless
 from moekit.experts import FeedForwardExperts, SwiGLU
 from moekit.measure.memory import PeakMemory
 from moekit.measure.roofline import Limits, interleaved
+from moekit.measure.scattermoe import scattermoe
 from moekit.routing import Routing
 
+BACKENDS = {
+    "cpu": ("streamed", "few_rows", "grouped_mm", "loop"),
+    "cuda": ("triton", "grouped_mm", "loop"),
+}
 OURS = {"moekit": "auto"} | {
-    f"moekit {name}": name for name in ("streamed", "few_rows", "grouped_mm", "loop")
+    f"moekit {name}": name for names in BACKENDS.values() for name in names
 }
 THEIRS = {f"transformers {name}": name for name in ("eager", "batched_mm", "grouped_mm")}
+SCATTERMOE = "ScatterMoE"
 DENSE = "dense of equal FLOPs"
 RECOMPUTED = "transformers grouped_mm, recomputed"
 # Bytes of weights beyond which batched_mm, which copies an expert a row, is left out.
@@ -123,16 +129,18 @@ class LayerBench:
 
     def __init__(self, shape: LayerShape, device: torch.device, seed: int = 0) -> None:
         self.shape, self.device = shape, device
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
         dtype = getattr(torch, shape.dtype)
-        self.bank = SwiGLU(count=shape.experts, hidden=shape.hidden).build(shape.width)
+        with torch.device(device):
+            self.bank = SwiGLU(count=shape.experts, hidden=shape.hidden).build(shape.width)
+        self.bank.to(dtype)
         with torch.no_grad():
             for parameter in self.bank.parameters():
                 parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-        self.bank.to(device, dtype)
-        self.x_ND = torch.randn(shape.tokens, shape.width, generator=generator).to(device, dtype)
-        scores_NE = torch.rand(shape.tokens, shape.experts, generator=generator)
-        weight_NK, self.expert_NK = (t.to(device) for t in scores_NE.topk(shape.k))
+        room: dict[str, Any] = {"generator": generator, "device": device}
+        self.x_ND = torch.randn(shape.tokens, shape.width, **room).to(dtype)
+        scores_NE = torch.rand(shape.tokens, shape.experts, **room)
+        weight_NK, self.expert_NK = scores_NE.topk(shape.k)
         self.weight_NK = (weight_NK / weight_NK.sum(-1, keepdim=True)).to(dtype)
         self._config = _config(shape)
         self.theirs = _of_transformers(self.bank, self._config)
@@ -143,13 +151,17 @@ class LayerBench:
 
     def contenders(self, training: bool, names: Iterable[str] | None = None) -> dict[str, Run]:
         """What is compared, by name; each maps tokens (N, D) and weights (N, K) to outputs."""
-        found: dict[str, Run] = {name: self._ours(backend) for name, backend in OURS.items()}
+        here = ("auto", *BACKENDS.get(self.device.type, ("grouped_mm", "loop")))
+        found = {name: self._ours(backend) for name, backend in OURS.items() if backend in here}
         copied = self.shape.tokens * self.shape.k * self.shape.weight_bytes
         for name, backend in THEIRS.items():
             if backend != "batched_mm" or copied <= LARGEST_COPY:
                 found[name] = self._theirs(backend)
         if training:
             found[RECOMPUTED] = self._recomputed
+        peer = scattermoe(self.bank, self.expert_NK) if self.device.type == "cuda" else None
+        if peer is not None:
+            found[SCATTERMOE] = peer
         found[DENSE] = self._dense
         return found if names is None else {n: run for n, run in found.items() if n in set(names)}
 
@@ -279,29 +291,39 @@ SMALL = LayerShape(0, 8, 2, 128, 256)
 MIDDLE = LayerShape(0, 32, 4, 512, 512)
 OLMOE = LayerShape(0, 64, 8, 2048, 1024)
 QWEN3 = LayerShape(0, 128, 8, 2048, 768)
+MIXTRAL = LayerShape(0, 8, 2, 4096, 14336)
 DECODE, PREFILL = (1, 4, 16, 64), (512, 2048, 8192)
 
+Layers = tuple[tuple[LayerShape, tuple[int, ...]], ...]
+QUICK: Layers = ((SMALL, (1, 16, 512)), (MIDDLE, (1, 16, 512)))
+ON_CPU: Layers = (
+    (SMALL, DECODE + PREFILL),
+    (MIDDLE, DECODE + PREFILL),
+    (OLMOE, (*DECODE, 512)),
+    (QWEN3, (*DECODE, 512)),
+)
+ON_GPU: Layers = (
+    (MIDDLE, (64, 2048, 32768)),
+    (OLMOE, (*DECODE, *PREFILL, 32768)),
+    (QWEN3, (*DECODE, *PREFILL)),
+    (MIXTRAL, (*DECODE, *PREFILL)),
+)
 
-def grid(quick: bool = False, dtypes: Iterable[str] = ("float32", "bfloat16")) -> list[LayerShape]:
+
+def grid(
+    quick: bool = False, dtypes: Iterable[str] = ("float32", "bfloat16"), device: str = "cpu"
+) -> list[LayerShape]:
     """The shapes of the committed results, small ones first.
 
-    Two small layers at decoding and prefill sizes, and the layers of OLMoE-7B and Qwen3-30B-A3B at
-    decoding sizes and a prefill of 512; ``quick`` takes the two small ones at few sizes.
+    On a CPU two small layers at decoding and prefill sizes, and the layers of OLMoE-7B and
+    Qwen3-30B-A3B at decoding sizes and a prefill of 512; on a GPU these and Mixtral-8x7B's up to
+    prefills of 8192 and more. ``quick`` takes the two small ones at few sizes.
     """
-    return list(_grid(quick, tuple(dtypes)))
+    layers = QUICK if quick else ON_GPU if device == "cuda" else ON_CPU
+    return list(_grid(layers, tuple(dtypes)))
 
 
-def _grid(quick: bool, dtypes: tuple[str, ...]) -> Iterator[LayerShape]:
-    layers = (
-        ((SMALL, (1, 16, 512)), (MIDDLE, (1, 16, 512)))
-        if quick
-        else (
-            (SMALL, DECODE + PREFILL),
-            (MIDDLE, DECODE + PREFILL),
-            (OLMOE, (*DECODE, 512)),
-            (QWEN3, (*DECODE, 512)),
-        )
-    )
+def _grid(layers: Layers, dtypes: tuple[str, ...]) -> Iterator[LayerShape]:
     for layer, sizes in layers:
         for dtype in dtypes:
             for tokens in sizes:

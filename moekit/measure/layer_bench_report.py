@@ -6,13 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moekit.measure.layer_bench import DENSE, OURS, RECOMPUTED, THEIRS, LayerTiming
+from moekit.measure.layer_bench import (
+    DENSE,
+    OURS,
+    RECOMPUTED,
+    SCATTERMOE,
+    THEIRS,
+    LayerTiming,
+)
 from moekit.measure.report import Block, Cell, Column, Facts, Plot, Report, Section, Table, Text
 from moekit.measure.report.speed import speed_ratios
 from moekit.measure.roofline import Limits
 from moekit.measure.zero_computation_bench import ZeroComputationTiming
 
-ORDER = (*OURS, *THEIRS, RECOMPUTED, DENSE)
+ORDER = (*OURS, *THEIRS, SCATTERMOE, RECOMPUTED, DENSE)
 
 
 def results(

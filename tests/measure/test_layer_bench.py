@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from moekit.measure import Limits, grid, interleaved
-from moekit.measure.layer_bench import DENSE, OURS, RECOMPUTED, THEIRS, LayerBench, LayerShape
+from moekit.measure.layer_bench import (
+    BACKENDS,
+    DENSE,
+    RECOMPUTED,
+    THEIRS,
+    LayerBench,
+    LayerShape,
+)
 from moekit.measure.layer_bench_report import geometric_mean, report, results
 from moekit.measure.zero_computation_bench import VANILLA, time_zero_computation
 
@@ -24,7 +31,8 @@ def test_contenders_compute_the_same(dtype: str) -> None:
     """All but the dense layer, which stands for its cost alone."""
     bench = LayerBench(LayerShape(12, 4, 2, 16, 24, dtype), CPU)
     found = bench.contenders(training=True)
-    assert set(found) == {*OURS, *THEIRS, RECOMPUTED, DENSE}
+    ours = {"moekit", *(f"moekit {name}" for name in BACKENDS["cpu"])}
+    assert set(found) == {*ours, *THEIRS, RECOMPUTED, DENSE}
     wanted = found["moekit loop"](bench.x_ND, bench.weight_NK)
     tolerance = {"float32": 1e-5, "bfloat16": 3e-2}[dtype]
     for name, run in found.items():
@@ -89,6 +97,7 @@ def test_the_grid_covers_decoding_and_prefill() -> None:
     assert {shape.tokens for shape in shapes} >= {1, 64, 512, 8192}
     assert {shape.experts for shape in shapes} >= {8, 128}
     assert len(grid(quick=True)) < len(shapes) / 3
+    assert max(shape.tokens for shape in grid(device="cuda")) > 8192
 
 
 def test_zero_computation_rows_fall_with_tau() -> None:
