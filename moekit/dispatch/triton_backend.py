@@ -263,6 +263,7 @@ class Launches:
             BLOCK_M=block_m,
             BLOCK_C=tile.columns,
             BLOCK_R=block_r,
+            GROUP=tile.group,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -337,6 +337,7 @@ def weight_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Each expert's ``leftᵀ right`` (M, COLUMNS) over its rows.
 
@@ -347,7 +348,7 @@ def weight_gradient_kernel(
     tiles_c: tl.constexpr = (COLUMNS + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     expert = program // (tiles_m * tiles_c)
-    tile_m, tile_c = program // tiles_c % tiles_m, program % tiles_c
+    tile_m, tile_c = place(program % (tiles_m * tiles_c), tiles_m, tiles_c, GROUP)
     expert_E = tl.arange(0, EXPERTS_2)
     rows_E = tl.load(count_E + expert_E, mask=expert_E < EXPERTS, other=0).to(tl.int32)
     start = tl.sum(tl.where(expert_E < expert, rows_E, 0), 0)

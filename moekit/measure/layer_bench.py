@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moekit.dispatch import Dropless
 from moekit.experts import FeedForwardExperts, SwiGLU
 from moekit.measure.memory import PeakMemory
-from moekit.measure.roofline import Limits, interleaved
+from moekit.measure.roofline import Limits, captured, interleaved
 from moekit.measure.scattermoe import scattermoe
 from moekit.routing import Routing
 
@@ -32,6 +32,8 @@ THEIRS = {f"transformers {name}": name for name in ("eager", "batched_mm", "grou
 SCATTERMOE = "ScatterMoE"
 DENSE = "dense of equal FLOPs"
 RECOMPUTED = "transformers grouped_mm, recomputed"
+# These wait for the host in every run: to loop over experts, or to count their rows.
+WAITING = ("moekit loop", "transformers eager", SCATTERMOE)
 # Bytes of weights beyond which batched_mm, which copies an expert a row, is left out.
 LARGEST_COPY = 2**31
 
@@ -82,6 +84,8 @@ class LayerTiming:
         least_seconds: the machine's limit for this work: operations at the rate of a large
             product, or weights (and in training their gradients) at the rate of reading memory.
         bound: which of the two it is, ``compute`` or ``memory``.
+        graph_seconds: forward on a GPU, the same as ``seconds`` for replays of a CUDA graph, of
+            those contenders that never wait for the host.
     """
 
     shape: LayerShape
@@ -91,6 +95,7 @@ class LayerTiming:
     saved_bytes: dict[str, float]
     least_seconds: float
     bound: str
+    graph_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def best_other(self) -> float:
@@ -182,7 +187,17 @@ class LayerBench:
             {name: count / self.shape.tokens for name, count in saved.items()},
             least,
             bound,
+            {} if training or self.device.type != "cuda" else self._graphed(runs, repeats),
         )
+
+    def _graphed(
+        self, runs: dict[str, Callable[[], Tensor | None]], repeats: int
+    ) -> dict[str, float]:
+        graphs = {name: captured(run) for name, run in runs.items() if name not in WAITING}
+        replays: dict[str, Callable[[], Tensor | None]] = {
+            name: replay for name, replay in graphs.items() if replay is not None
+        }
+        return interleaved(replays, self.device, repeats)
 
     def saved_bytes(self, run: Run) -> int:
         """Bytes that autograd keeps for the backward pass of ``run``, parameters left out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moekit.measure.layer_bench import (
@@ -102,13 +103,15 @@ def _mode(timings: Sequence[LayerTiming], training: bool) -> list[Block]:
         for name in names
         if name == "moekit" or name not in OURS
     }
+    graphed = [replace(t, seconds=t.graph_seconds) for t in timings if t.graph_seconds]
     blocks: list[Block] = [
         Text(
             "Medians of interleaved runs on the same weights, tokens and routing. The share is "
             "that of the measured limit that binds: operations at the rate of a large product, "
             "or weights at the rate of reading memory."
         ),
-        _times(timings, names),
+        _times(timings, names, "Median times"),
+        *([_times(graphed, names, "Median times of replayed CUDA graphs")] if graphed else []),
         Plot(
             speed_ratios(
                 [str(t.shape) for t in timings], ratios, "the best backend of transformers"
@@ -127,7 +130,7 @@ def _ratio(timing: LayerTiming, name: str) -> float | None:
     return timing.best_other / timing.seconds[name] if name in timing.seconds else None
 
 
-def _times(timings: Sequence[LayerTiming], names: Sequence[str]) -> Table:
+def _times(timings: Sequence[LayerTiming], names: Sequence[str], caption: str) -> Table:
     columns = [
         Column("shape"),
         Column("ratio", "to the best of transformers", ".2f"),
@@ -139,7 +142,7 @@ def _times(timings: Sequence[LayerTiming], names: Sequence[str]) -> Table:
     for t in timings:
         times = (t.seconds.get(name) for name in names)
         rows.append([str(t.shape), t.ratio, t.share, t.bound, *(_scaled(s, 1e-3) for s in times)])
-    return Table(columns, rows, "Median times")
+    return Table(columns, rows, caption)
 
 
 def _memory(
