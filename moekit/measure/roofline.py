@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -55,17 +56,19 @@ def seconds(run: Callable[[], Tensor | None], device: torch.device) -> float:
 def interleaved(
     runs: dict[str, Callable[[], Tensor | None]], device: torch.device, repeats: int
 ) -> dict[str, float]:
-    """The median time of each run; they take turns, and another one goes first each time.
+    """The median time of each run; they take turns, in another random order each round.
 
-    A machine that warms up or slows down is thus unfair to none. One untimed round goes before.
+    A machine that warms up or slows down is thus unfair to none, and none always runs after the
+    same other one, which may have left its weights in the cache, or thrown them out. One untimed
+    round goes before.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
-    names = list(runs)
-    for repeat in range(repeats):
-        first = repeat % len(names)
-        for name in names[first:] + names[:first]:
+    order, shuffled = list(runs), random.Random(0)
+    for _ in range(repeats):
+        shuffled.shuffle(order)
+        for name in order:
             found[name].append(seconds(runs[name], device))
     return {name: statistics.median(times) for name, times in found.items()}
 
