@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_runs_take_turns_and_none_always_follows_the_same_other() -> None:
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert len(rounds) == 1 + 12
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
-    assert {pair for pair in zip(order, order[1:], strict=False) if pair[0] != pair[1]} == {
+    assert {pair for pair in itertools.pairwise(order) if pair[0] != pair[1]} == {
         (x, y) for x in "abc" for y in "abc" if x != y
     }
 
