@@ -21,6 +21,10 @@ from moekit.experts.experts import FeedForward
 from moekit.experts.groups import RowGroups
 
 
+# Up to so many values, a sum over slots takes less time than the threads of one large operation.
+FEW_VALUES = 2**16
+
+
 class Grouped(Backend):
     """The backend of ``Dropless(backend="grouped_mm")``; which product, the plan's groups say."""
 
@@ -100,6 +104,8 @@ def _sum(rows_RX: Tensor, plan: Plan, *, weighted: bool) -> Tensor:
     if plan.every:
         row_R = torch.arange(len(plan.assignment_R), device=plan.assignment_R.device)
         place_R = torch.empty_like(row_R).scatter_(0, plan.assignment_R, row_R)
+        if rows_RX.numel() <= FEW_VALUES:
+            return _sum_few(rows_RX, place_R, plan, weighted)
         scale_NK = weight_NK.to(rows_RX.dtype) if weighted else None
         place_NK = place_R.view_as(weight_NK)
         return F.embedding_bag(place_NK, rows_RX, mode="sum", per_sample_weights=scale_NK)
@@ -109,6 +115,15 @@ def _sum(rows_RX: Tensor, plan: Plan, *, weighted: bool) -> Tensor:
         summed_RX = summed_RX * row_weights(plan)[:, None].to(dtype)
     total_NX = summed_RX.new_zeros(weight_NK.shape[0], rows_RX.shape[1])
     return total_NX.index_add_(0, plan.token_R, summed_RX).to(rows_RX.dtype)
+
+
+def _sum_few(rows_RX: Tensor, place_R: Tensor, plan: Plan, weighted: bool) -> Tensor:
+    """The same in three small operations, which cost less than to wake the threads of one."""
+    dtype = torch.promote_types(rows_RX.dtype, torch.float32)
+    rows_NKX = rows_RX.index_select(0, place_R).view(*plan.weight_NK.shape, -1)
+    if weighted:
+        rows_NKX = rows_NKX * plan.weight_NK[..., None].to(dtype)
+    return rows_NKX.sum(1, dtype=dtype).to(rows_RX.dtype)
 
 
 def per_expert(rows_RX: Tensor, plan: Plan) -> Tensor:
