@@ -12,7 +12,7 @@ import typer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import moekit
-from moekit.cli import bench, compare, generate, prune, systems, train
+from moekit.cli import bench, compare, evaluate, generate, prune, systems, train
 from moekit.cli import inspect as inspection
 from moekit.compare.run import first_line
 from moekit.errors import MoekitError
@@ -54,6 +54,7 @@ def build() -> typer.Typer:
     add("train", train.train_command, train.EXAMPLES)
     add("inspect", inspection.inspect_command, inspection.EXAMPLES)
     add("generate", generate.generate_command, generate.EXAMPLES)
+    add("evaluate", evaluate.evaluate_command, evaluate.EXAMPLES)
     add("prune", prune.prune_command, prune.EXAMPLES)
     add("systems", systems.systems_command, systems.SYSTEMS_EXAMPLES)
     benches = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)

@@ -11,12 +11,15 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from moekit.cli import options as opt
+from moekit.cli.checkpoint import load_model
 from moekit.cli.progress import StudyBars
 from moekit.compare.record import write_json
-from moekit.data import TextData, prepare
+from moekit.data import ProgressHook, TextData, load_tokenizer, prepare
 from moekit.errors import SpecError
+from moekit.measure import ChoiceItem, read_choices, score_choices
 from moekit.surgery import Budget, Checkpoint, PruneReport, local_folder, prune
 from moekit.surgery.methods import Method
 
@@ -79,6 +82,13 @@ def prune_command(
     held_out: Annotated[
         int, typer.Option(help="Held-out sequences to compare on; 0 to leave that out.")
     ] = 64,
+    choices: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="JSON lines of multiple-choice items to compare on, see `moekit evaluate`; loads "
+            "the models whole, one after the other. May be given often."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences that run together.")] = 4,
     output: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("moekit-prune"),
     seed: opt.Seed = 0,
@@ -107,6 +117,7 @@ def prune_command(
         if value < least:
             raise SpecError(f"{name} is {value}; wanted at least {least}")
     opt.require_writable(output.parent)
+    files = {str(path): read_choices(path) for path in choices or []}
     folder = local_folder(checkpoint)
     Checkpoint(folder)  # a damaged file is named before any text is read
     spec = opt.text_spec(data, text_column, tokenizer or str(folder), 4096, sequence_length)
@@ -126,11 +137,39 @@ def prune_command(
             seed=seed,
             progress=bars.preparing(),
         )
-    write_json(output / REPORT, report.to_dict())
+        words = load_tokenizer(tokenizer or str(folder)) if files else None
+        scored = {
+            side: _scores(place, words, files, batch_size, where, bars.preparing())
+            for side, place in (("before", folder), ("after", output))
+        }
+    found = report.to_dict() | {
+        "choices": {name: {side: own[name] for side, own in scored.items()} for name in files}
+    }
+    write_json(output / REPORT, found)
     if as_json:
-        typer.echo(json.dumps({"output": str(output), **report.to_dict()}, indent=1))
+        typer.echo(json.dumps({"output": str(output), **found}, indent=1))
         return
-    _show(report, output)
+    _show(report, found["choices"], output)
+
+
+def _scores(
+    folder: Path,
+    tokenizer: Any,
+    files: dict[str, list[ChoiceItem]],
+    batch_size: int,
+    device: str,
+    progress: ProgressHook,
+) -> dict[str, dict[str, Any]]:
+    """What a checkpoint makes of the items of each file."""
+    if not files:
+        return {}
+    model: Any = nn.Module.to(load_model(str(folder)), device)
+    return {
+        name: score_choices(
+            model, tokenizer, items, batch_size=batch_size, progress=progress
+        ).to_dict()
+        for name, items in files.items()
+    }
 
 
 def _method(name: str, settings: dict[str, Any], seed: int) -> Method:
@@ -172,10 +211,10 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _show(report: PruneReport, output: Path) -> None:
+def _show(report: PruneReport, choices: dict[str, Any], output: Path) -> None:
     console = Console(highlight=False)
-    if report.before is not None:
-        console.print(_changes(report))
+    if report.before is not None or choices:
+        console.print(_changes(report, choices))
     console.print(_blocks(report))
     if report.ordinary:
         how = "an ordinary checkpoint of its architecture"
@@ -185,27 +224,33 @@ def _show(report: PruneReport, output: Path) -> None:
     console.print(f"Report: {output / REPORT}", markup=False, soft_wrap=True)
 
 
-def _changes(report: PruneReport) -> Table:
+def _changes(report: PruneReport, choices: dict[str, Any]) -> Table:
     before, after = report.before, report.after
-    assert before is not None
-    assert after is not None
     title = f"{report.method['kind']}, {report.calibration_tokens:,} tokens of calibration"
     table = Table("", title=title, box=box.SIMPLE_HEAD)
     for name in ("before", "after", "after/before"):
         table.add_column(name, justify="right")
-    rows = [
-        ("parameters", before.parameters, after.parameters, ",.0f"),
-        ("bytes", before.bytes, after.bytes, ",.0f"),
-        ("held-out perplexity", before.perplexity, after.perplexity, ".3f"),
-        (
-            "expert time, µs a token",
-            before.expert_seconds_per_token * 1e6,
-            after.expert_seconds_per_token * 1e6,
-            ".2f",
-        ),
-    ]
-    for name, old, new, form in rows:
-        table.add_row(name, f"{old:{form}}", f"{new:{form}}", f"{new / old:.3f}" if old else "")
+    rows: list[tuple[str, float, float, str]] = []
+    if before is not None and after is not None:
+        rows += [
+            ("parameters", before.parameters, after.parameters, ",.0f"),
+            ("bytes", before.bytes, after.bytes, ",.0f"),
+            ("held-out perplexity", before.perplexity, after.perplexity, ".3f"),
+            (
+                "expert time, µs a token",
+                before.expert_seconds_per_token * 1e6,
+                after.expert_seconds_per_token * 1e6,
+                ".2f",
+            ),
+        ]
+    for name, sides in choices.items():
+        old, new = sides["before"], sides["after"]
+        rows.append((f"accuracy, {name}", old["accuracy"], new["accuracy"], ".3f"))
+        key = "accuracy_normalized"
+        rows.append(("  normalised by length", old[key], new[key], ".3f"))
+    for name, earlier, later, form in rows:
+        ratio = f"{later / earlier:.3f}" if earlier else ""
+        table.add_row(name, f"{earlier:{form}}", f"{later:{form}}", ratio)
     return table
 
 

@@ -20,7 +20,6 @@ from moekit.dispatch.plan import Plan
 from moekit.experts.experts import FeedForward
 from moekit.experts.groups import RowGroups
 
-
 # Up to so many values, a sum over slots takes less time than the threads of one large operation.
 FEW_VALUES = 2**16
 

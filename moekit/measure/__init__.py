@@ -3,6 +3,7 @@
 Reports, which need matplotlib and jinja2, are imported from :mod:`moekit.measure.report`.
 """
 
+from moekit.measure.choice_files import read_choices
 from moekit.measure.expert_phase import ExpertPhase, ExpertPhaseResult, compare_expert_phase
 from moekit.measure.flops import count_flops
 from moekit.measure.fluctuation import Fluctuation, routing_fluctuation
@@ -10,8 +11,10 @@ from moekit.measure.information import RoutingInformation, routing_information
 from moekit.measure.inspect import CheckpointStructure, inspect_checkpoint
 from moekit.measure.layer_bench import LayerBench, LayerShape, LayerTiming, grid
 from moekit.measure.memory import PeakMemory
+from moekit.measure.multiple_choice import ChoiceItem, ChoiceScores, score_choices
 from moekit.measure.observe import Observation, observe, routing_statistics
 from moekit.measure.parameters import ParameterCounts, parameter_counts
+from moekit.measure.perplexity import TextLoss, text_loss
 from moekit.measure.roofline import Limits, interleaved
 from moekit.measure.statistics import LayerStatistics, ModelStatistics
 from moekit.measure.structure import LayerStructure
@@ -29,6 +32,8 @@ from moekit.measure.zero_computation_bench import ZeroComputationTiming, time_ze
 __all__ = [
     "TOKEN_TYPES",
     "CheckpointStructure",
+    "ChoiceItem",
+    "ChoiceScores",
     "ExpertPhase",
     "ExpertPhaseResult",
     "ExpertTokens",
@@ -45,6 +50,7 @@ __all__ = [
     "ParameterCounts",
     "PeakMemory",
     "RoutingInformation",
+    "TextLoss",
     "TokenRouting",
     "TokenUse",
     "TypeUse",
@@ -56,9 +62,12 @@ __all__ = [
     "interleaved",
     "observe",
     "parameter_counts",
+    "read_choices",
     "routing_fluctuation",
     "routing_information",
     "routing_statistics",
+    "score_choices",
+    "text_loss",
     "time_zero_computation",
     "token_routing",
     "token_texts",

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moekit.data import ProgressHook
 from moekit.errors import DataError
-from moekit.measure.observe import TokenBatch, TokenBlocks, token_batches
+from moekit.measure.observe import TokenBlocks, token_batches
+from moekit.measure.perplexity import summed_nats
 from moekit.surgery.blockwise import BlockwiseModel
 from moekit.surgery.checkpoint import Checkpoint
 
@@ -76,7 +76,7 @@ def evaluate(
     losses, count = 0.0, 0
     with model.head():
         for batch, state in zip(batches, states, strict=True):
-            loss, predicted = _loss(model.logits(batch, state), batch)
+            loss, predicted = summed_nats(model.logits(batch, state), batch)
             losses, count, done = losses + loss, count + predicted, done + 1
             _tell(progress, description, done, total)
     if count == 0:
@@ -120,18 +120,6 @@ def _timing(model: BlockwiseModel, index: int) -> Iterator[list[float]]:
 def _wait(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
-
-
-def _loss(logits_BTV: Tensor, batch: TokenBatch) -> tuple[float, int]:
-    """Sum of the nats of the predicted tokens, and how many they are."""
-    token_BT = batch.token_BT.to(logits_BTV.device)
-    valid_BT = batch.valid_N.view(batch.token_BT.shape).to(logits_BTV.device)
-    is_target_BT = valid_BT[:, 1:] & valid_BT[:, :-1]
-    target_BT = token_BT[:, 1:].masked_fill(~is_target_BT, -100)
-    loss = F.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), target_BT.flatten(), reduction="sum"
-    )
-    return float(loss), int(is_target_BT.sum())
 
 
 def _tell(progress: ProgressHook | None, description: str, done: int, total: int) -> None:

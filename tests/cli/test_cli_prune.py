@@ -43,6 +43,23 @@ def small(olmoe: Path, text: Path) -> list[str]:
     return ["prune", str(olmoe), "--data", str(text), *sizes]
 
 
+def test_accuracy_before_and_after(moekit: Moekit, small: list[str]) -> None:
+    line = {"context": "alpha beta", "choices": ["gamma", "12 ("], "answer": 1}
+    Path("items.jsonl").write_text("\n".join([json.dumps(line)] * 3))
+    ended = moekit(*small, "--choices=items.jsonl", "--held-out=0", "--output=out", "--keep=1")
+    assert ended.code == 0, ended.err
+    assert "accuracy, items.jsonl" in ended.out
+    report = json.loads(Path("out/moekit_prune.json").read_text())
+    sides = report["choices"]["items.jsonl"]
+    assert sides["before"] == sides["after"]  # every expert is kept
+    assert sides["before"]["items"] == 3
+    ended = moekit("evaluate", "out", "--choices=items.jsonl", "--json")
+    assert json.loads(ended.out)["choices"]["items.jsonl"] == sides["after"]
+    wrong = moekit(*small, "--choices=none.jsonl", "--output=other")
+    assert "none.jsonl cannot be read" in wrong.sentence
+    assert not Path("other").exists()
+
+
 def test_a_result_and_its_report(moekit: Moekit, small: list[str]) -> None:
     ended = moekit(*small, "--method=dern", "--set", "alpha=0.2", "--output=out", "--keep=0.5")
     assert ended.code == 0, ended.err
