@@ -51,9 +51,7 @@ class RouterAnchorLoss(nn.Module):
     0.25
     """
 
-    def __init__(
-        self, experts: Sequence[int], reduction: Literal["sum", "mean"] = "sum"
-    ) -> None:
+    def __init__(self, experts: Sequence[int], reduction: Literal["sum", "mean"] = "sum") -> None:
         super().__init__()
         if not experts:
             raise SpecError("an anchor holds the router at chosen experts; none is given")

@@ -185,7 +185,7 @@ class Loop:
         norm = nn.utils.clip_grad_norm_(leaves, self.spec.max_grad_norm)
         if not math.isfinite(total) or not bool(norm.isfinite()):
             raise DivergedError(
-                f"step {number}: the loss is {total:.4g} and the gradient's norm {float(norm):.4g}; "
+                f"step {number}: the loss is {total:.4g}, the gradient's norm {float(norm):.4g}; "
                 "nothing is written. Use a lower learning rate, a smaller until or fewer steps"
             )
         self.optimiser.step()
@@ -197,14 +197,14 @@ class Loop:
         valid_N = batch.valid_BT.flatten()
         for block, anchor in self.anchors.items():
             loss = loss + self.spec.anchor * anchor(seen.probabilities[block], valid_N)
-        (loss / self.spec.accumulate).backward()  # type: ignore[no-untyped-call]
+        (loss / self.spec.accumulate).backward()
         return float(loss.detach())
 
     def _retain_pass(self, batch: Batch) -> None:
         """Its own backward pass, so that one graph is in memory at a time."""
         loss = self.objective.retain(self.run, batch)
         scaled = self.objective.retain_weight * loss / self.spec.accumulate
-        scaled.backward()  # type: ignore[no-untyped-call]
+        scaled.backward()
 
     def _utility(self) -> Reading | None:
         held_out = self.texts.retain_held_out

@@ -42,6 +42,7 @@ def npo_loss(nats_B: Tensor, reference_B: Tensor | None, beta: float) -> Tensor:
         SpecError: there is no reference, or it is not frozen.
     """
     _require_frozen(reference_B, "NPO")
+    assert reference_B is not None
     return -2 / beta * F.logsigmoid(beta * (nats_B - reference_B)).mean()
 
 

@@ -85,9 +85,7 @@ class Runner:
                 nats_BT = token_nats(output.logits, batch.target_BT)
                 return Seen(batch, nats_BT=nats_BT, probabilities=probabilities)
             with _after(self.model, hidden_after) as found:
-                self.model.base_model(
-                    batch.token_BT, attention_mask=batch.mask_BT, use_cache=False
-                )
+                self.model.base_model(batch.token_BT, attention_mask=batch.mask_BT, use_cache=False)
             hidden_ND = found[0][batch.valid_BT]
             return Seen(batch, hidden_ND=hidden_ND, probabilities=probabilities)
 

@@ -68,9 +68,7 @@ class ExpertTap:
         return zeros_ND.index_add(0, token_R, (y_RD - y_RD.detach()).to(x_ND.dtype))
 
 
-def parameters_of(
-    view: BlockView, weights: ExpertWeights | RouterWeights
-) -> list[nn.Parameter]:
+def parameters_of(view: BlockView, weights: ExpertWeights | RouterWeights) -> list[nn.Parameter]:
     """The parameters of a view's layer in whose memory the tensors lie."""
     starts = [tensor.data_ptr() for _, tensor in weights.items()]
     return [

@@ -81,9 +81,7 @@ class _Selected(Targets):
     router: bool = True
     shared: bool = False
 
-    def _choice(
-        self, views: Sequence[BlockView], experts: Sequence[tuple[int, int]]
-    ) -> Choice:
+    def _choice(self, views: Sequence[BlockView], experts: Sequence[tuple[int, int]]) -> Choice:
         blocks = tuple(sorted({block for block, _ in experts}))
         if self.shared:
             self._require_shared(views, blocks)

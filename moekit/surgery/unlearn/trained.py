@@ -12,7 +12,10 @@ from transformers import PreTrainedModel
 from moekit.surgery.unlearn.tap import ExpertTap, parameters_of
 from moekit.surgery.unlearn.targets import Choice
 from moekit.surgery.view import BlockView, block_views
-from moekit.surgery.weights import ExpertWeights
+from moekit.surgery.weights import ExpertWeights, RouterWeights
+
+
+_Held = ExpertWeights | Tensor
 
 
 class Trained:
@@ -39,10 +42,7 @@ class Trained:
         self.whole = _whole(model, views, choice)
         self._masters = {name: _master(p) for name, p in self.whole.items()}
         self._flags = [p.requires_grad for p in model.parameters()]
-        self._before = [
-            *(tap.view.expert(tap.expert).map(torch.clone) for tap in self.taps),
-            *(parameter.detach().clone() for parameter in self.whole.values()),
-        ]
+        self._before = [_copied(tensors) for tensors in self._now()]
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -106,11 +106,11 @@ class Trained:
         finally:
             self._put(now)
 
-    def _now(self) -> list[ExpertWeights | Tensor]:
-        slices: list[ExpertWeights | Tensor] = [t.view.expert(t.expert) for t in self.taps]
+    def _now(self) -> list[_Held]:
+        slices: list[_Held] = [t.view.expert(t.expert) for t in self.taps]
         return slices + [parameter.detach() for parameter in self.whole.values()]
 
-    def _put(self, values: list[ExpertWeights | Tensor]) -> None:
+    def _put(self, values: list[_Held]) -> None:
         for own, value in zip(self._now(), values, strict=True):
             if isinstance(own, ExpertWeights):
                 assert isinstance(value, ExpertWeights)
@@ -126,7 +126,7 @@ def _whole(
     names = {id(p): name for name, p in model.named_parameters()}
     if choice.everything:
         return dict(model.named_parameters())
-    wanted = [
+    wanted: list[tuple[BlockView, ExpertWeights | RouterWeights | None]] = [
         *((views[block], views[block].bank) for block in choice.banks),
         *((views[block], views[block].router) for block in choice.routers),
         *((views[block], views[block].shared) for block in choice.shared),
@@ -145,11 +145,11 @@ def _master(parameter: nn.Parameter) -> Tensor:
     return parameter.detach().float().requires_grad_()
 
 
-def _copied(tensors: ExpertWeights | Tensor) -> ExpertWeights | Tensor:
+def _copied(tensors: _Held) -> _Held:
     return tensors.map(torch.clone) if isinstance(tensors, ExpertWeights) else tensors.clone()
 
 
-def _differing(before: ExpertWeights | Tensor, now: ExpertWeights | Tensor) -> int:
+def _differing(before: _Held, now: _Held) -> int:
     if isinstance(before, Tensor):
         assert isinstance(now, Tensor)
         return int((before != now).sum())

@@ -19,7 +19,7 @@ from moekit.errors import CheckpointError, OutputError
 from moekit.measure.observe import TokenBlocks
 from moekit.surgery.checkpoint import Checkpoint, local_folder
 from moekit.surgery.unlearn.attribution import attribute_experts
-from moekit.surgery.unlearn.loop import Loop, Look, Outcome, Texts, drawn_tokens, require_texts
+from moekit.surgery.unlearn.loop import Look, Loop, Outcome, Texts, drawn_tokens, require_texts
 from moekit.surgery.unlearn.spec import UnlearnSpec
 from moekit.surgery.unlearn.store import RunStore
 from moekit.surgery.unlearn.targets import Choice, choice_of

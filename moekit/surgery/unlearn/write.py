@@ -83,9 +83,7 @@ def _touched(trained: Trained) -> dict[int, set[int] | None]:
     return found
 
 
-def _merged(
-    checkpoint: Checkpoint, name: str, tensor: Tensor, experts: set[int] | None
-) -> Tensor:
+def _merged(checkpoint: Checkpoint, name: str, tensor: Tensor, experts: set[int] | None) -> Tensor:
     """The stored tensor with the trained experts in it, or all of ``tensor``."""
     if experts is None:
         return tensor
