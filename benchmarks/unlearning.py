@@ -13,6 +13,7 @@ writes a JSON file, a Markdown table and a plot; runs that are done are not run 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -174,7 +175,7 @@ def matched(looks: Sequence[dict[str, Any]]) -> float | None:
     """Retain perplexity where forget perplexity is ``UNTIL`` times the first; None if never."""
     wanted = math.log(UNTIL * looks[0]["forget_perplexity"])
     points = [(math.log(k["forget_perplexity"]), math.log(k["retain_perplexity"])) for k in looks]
-    for (f0, r0), (f1, r1) in zip(points, points[1:], strict=False):
+    for (f0, r0), (f1, r1) in itertools.pairwise(points):
         if f0 < wanted <= f1:
             return math.exp(r0 + (r1 - r0) * (wanted - f0) / (f1 - f0))
     return None

@@ -208,8 +208,12 @@ def _targets(
     if named:
         return Named(experts=tuple(map(_pair, named)), router=router, shared=shared)
     if train == "expert":
-        scope = "layer" if same_layer else "global"
-        return Attributed(count=m, scope=scope, router=router, shared=shared)
+        return Attributed(
+            count=m,
+            scope="layer" if same_layer else "global",
+            router=router,
+            shared=shared,
+        )
     if train == "random":
         return RandomExperts(count=m, seed=seed, router=router, shared=shared)
     if train == "experts":

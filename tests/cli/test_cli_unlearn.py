@@ -10,7 +10,13 @@ import pytest
 import torch
 from command_line import Moekit
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+)
 
 from moekit.data import train_tokenizer
 
@@ -145,9 +151,7 @@ def test_mistakes(moekit: Moekit, small: list[str], options: list[str], said: st
     assert not Path("out").exists()
 
 
-def test_a_dense_checkpoint_has_no_experts(moekit: Moekit, small: list[str], olmoe: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def test_a_dense_checkpoint_has_no_experts(moekit: Moekit, small: list[str]) -> None:
     config = LlamaConfig(
         vocab_size=280,
         hidden_size=16,

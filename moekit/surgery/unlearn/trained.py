@@ -14,7 +14,6 @@ from moekit.surgery.unlearn.targets import Choice
 from moekit.surgery.view import BlockView, block_views
 from moekit.surgery.weights import ExpertWeights, RouterWeights
 
-
 _Held = ExpertWeights | Tensor
 
 
