@@ -15,6 +15,8 @@ from surgery_models import CONFIGS, VOCABULARY, Blocks, tiny
 from transformers import AutoModelForCausalLM
 
 from moekit.errors import CheckpointError, DivergedError, OutputError
+from moekit.surgery import Budget, prune
+from moekit.surgery.methods import MSMoE
 from moekit.surgery.unlearn import (
     GA,
     NPO,
@@ -156,6 +158,12 @@ def test_a_run_that_diverges_writes_nothing(olmoe: Path, tmp_path: Path) -> None
     with pytest.raises(DivergedError, match="nothing is written"):
         unlearn(olmoe, tmp_path / "out", TEXTS, spec)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_pruned_to_unequal_layers_is_refused(olmoe: Path, tmp_path: Path) -> None:
+    prune(olmoe, tmp_path / "pruned", MSMoE(), Budget(ratio=0.5), Blocks())
+    with pytest.raises(CheckpointError, match="unlearn from the model before"):
+        unlearn(tmp_path / "pruned", tmp_path / "out", TEXTS, SHORT)
 
 
 def test_checkpoints_that_cannot_be_used(olmoe: Path, tmp_path: Path) -> None:

@@ -133,20 +133,11 @@ class Loop:
         looks = [self._look(0, before, utility, None)]
         step, looks = self._resume(looks)
         self.reporter.start(self.spec.steps, f"unlearning ({self.spec.algorithm.name})")
-        forget, retain, loss = before, utility, looks[-1].loss
-        with self.trained.training():
-            while not self._ended(step, looks):
-                self._skip_to(step)
-                loss = self._step(step + 1)
-                step += 1
-                self.reporter.update(step, loss, None)
-                if step % self.spec.check_every == 0 or step == self.spec.steps:
-                    forget, retain = self._read(self.texts.forget_held_out), self._utility()
-                    looks.append(self._look(step, forget, retain, loss))
-                    self._save(step, looks)
-        self.reporter.finish()
-        if forget is before and step > 0:  # a finished run that was taken up again
-            forget, retain = self._read(self.texts.forget_held_out), self._utility()
+        try:
+            with self.trained.training():
+                step, forget, retain = self._train(step, looks)
+        finally:
+            self.reporter.finish()
         return Outcome(
             steps=step,
             reached=self._reached(looks),
@@ -154,6 +145,22 @@ class Loop:
             retain=None if utility is None or retain is None else (utility, retain),
             looks=tuple(looks),
         )
+
+    def _train(self, step: int, looks: list[Look]) -> tuple[int, Reading, Reading | None]:
+        """Step until the end, and look; the last step and what was read after it."""
+        last: tuple[Reading, Reading | None] | None = None
+        while not self._ended(step, looks):
+            self._skip_to(step)
+            loss = self._step(step + 1)
+            step += 1
+            self.reporter.update(step, loss, None)
+            if step % self.spec.check_every == 0 or step == self.spec.steps:
+                last = self._read(self.texts.forget_held_out), self._utility()
+                looks.append(self._look(step, *last, loss))
+                self._save(step, looks)
+        if last is None:  # a run that had ended is taken up again
+            last = self._read(self.texts.forget_held_out), self._utility()
+        return step, *last
 
     def _objective(self, choice: Choice) -> Objective:
         views = block_views(self.model)

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moekit.data.fingerprint import digest_of, fingerprint_of
 from moekit.errors import CheckpointError, OutputError
-from moekit.measure.observe import TokenBlocks
 from moekit.surgery.checkpoint import Checkpoint, local_folder
 from moekit.surgery.unlearn.attribution import attribute_experts
 from moekit.surgery.unlearn.loop import Look, Loop, Outcome, Texts, drawn_tokens, require_texts
@@ -208,17 +207,23 @@ class _Run:
 
     def _scores(self) -> Tensor:
         if self._scores_LE is None:
-            self.reporter.start(len(self.texts.forget), "attributing experts")
             self._scores_LE = attribute_experts(
                 self.model,
                 self.texts.forget,
                 tokens=self.spec.attribution_tokens,
                 batch_size=self.spec.batch_size,
                 seed=self.spec.seed,
-                progress=lambda _, done, __: self.reporter.update(done, None, None),
+                progress=self._tell,
             )
-            self.reporter.finish()
         return self._scores_LE
+
+    def _tell(self, description: str, done: int, total: int | None) -> None:
+        assert total is not None
+        if done <= self.spec.batch_size:
+            self.reporter.start(total, description)
+        self.reporter.update(done, None, None)
+        if done == total:
+            self.reporter.finish()
 
     def _selected(self, views: Sequence[BlockView]) -> tuple[SelectedExpert, ...]:
         scores_LE = self._scores_LE
@@ -270,11 +275,13 @@ def _digest(source: Checkpoint, texts: Texts, spec: UnlearnSpec) -> str:
         for token_T in () if data is None else drawn_tokens(data, spec, seed):
             digest.update(token_T.numpy().tobytes())
     for held_out in (texts.forget_held_out, texts.retain_held_out):
-        digest.update(_held_out_key(held_out).encode())
+        for index in range(0 if held_out is None else len(held_out))[: _looked_at(texts, spec)]:
+            assert held_out is not None
+            digest.update(held_out[index]["input_ids"].numpy().tobytes())
+        digest.update(b"end")
     return digest_of([fingerprint_of(files), spec.to_dict(), digest.hexdigest()])
 
 
-def _held_out_key(data: TokenBlocks | None) -> str:
-    if data is None:
-        return "none"
-    return str([len(data), data[0]["input_ids"].tolist()])
+def _looked_at(texts: Texts, spec: UnlearnSpec) -> int | None:
+    batches = texts.held_out_batches
+    return None if batches is None else batches * spec.batch_size
