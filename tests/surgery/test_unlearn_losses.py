@@ -171,6 +171,13 @@ def test_the_anchor_moves_a_router_for_tokens_that_go_elsewhere(name: str) -> No
     assert (found.abs().sum(1) > 0).all()  # every row, the target's too
 
 
+def test_a_batch_of_padding_costs_nothing() -> None:
+    nothing = torch.zeros(2, dtype=torch.bool)
+    assert float(RouterAnchorLoss([1])(torch.rand(2, 4), nothing)) == 0
+    assert float(rmu_forget_loss(torch.empty(0, 4), torch.ones(4))) == 0
+    assert float(rmu_retain_loss(torch.empty(0, 4), torch.empty(0, 4))) == 0
+
+
 def test_npo_starts_as_gradient_ascent() -> None:
     reference = torch.tensor([30.0, 55.0, 41.0], dtype=torch.float64)
     for beta in (0.001, 0.1, 2.0):

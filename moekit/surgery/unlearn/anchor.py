@@ -67,11 +67,11 @@ class RouterAnchorLoss(nn.Module):
         """
         if valid_N is not None:
             probability_NE = probability_NE[valid_N]
-        wanted_E = torch.zeros_like(probability_NE[0])
+        wanted_E = probability_NE.new_zeros(probability_NE.shape[-1])
         wanted_E[list(self.experts)] = 1.0
         distance_NE = (probability_NE - wanted_E).square()
         distance_N = distance_NE.sum(-1) if self.reduction == "sum" else distance_NE.mean(-1)
-        return distance_N.mean()
+        return distance_N.sum() / max(len(distance_N), 1)  # 0 for nothing but padding
 
 
 @contextmanager

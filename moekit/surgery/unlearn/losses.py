@@ -48,7 +48,7 @@ def npo_loss(nats_B: Tensor, reference_B: Tensor | None, beta: float) -> Tensor:
 
 def rmu_forget_loss(hidden_ND: Tensor, target_D: Tensor) -> Tensor:
     """Mean squared distance of hidden states from one random direction (Li et al. 2024)."""
-    return (_wide(hidden_ND) - target_D).square().mean()
+    return _mean((_wide(hidden_ND) - target_D).square())
 
 
 def rmu_retain_loss(hidden_ND: Tensor, reference_ND: Tensor | None) -> Tensor:
@@ -59,7 +59,12 @@ def rmu_retain_loss(hidden_ND: Tensor, reference_ND: Tensor | None) -> Tensor:
     """
     _require_frozen(reference_ND, "RMU")
     assert reference_ND is not None
-    return (_wide(hidden_ND) - _wide(reference_ND)).square().mean()
+    return _mean((_wide(hidden_ND) - _wide(reference_ND)).square())
+
+
+def _mean(x_ND: Tensor) -> Tensor:
+    """The mean; 0 of nothing, which a batch of padding leaves."""
+    return x_ND.sum() / max(x_ND.numel(), 1)
 
 
 def _wide(x: Tensor) -> Tensor:

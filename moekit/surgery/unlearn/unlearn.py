@@ -140,6 +140,8 @@ def unlearn_model(
 ) -> UnlearnReport:
     """:func:`unlearn` of a model in memory, whose trained weights change in place.
 
+    It is left in evaluation mode.
+
     Args:
         model: the model, on the device to run on.
         texts: what to forget and what to retain.
