@@ -12,7 +12,7 @@ import typer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import moekit
-from moekit.cli import bench, compare, evaluate, generate, prune, systems, train
+from moekit.cli import bench, compare, evaluate, generate, prune, systems, train, unlearn
 from moekit.cli import inspect as inspection
 from moekit.compare.run import first_line
 from moekit.errors import MoekitError
@@ -30,7 +30,7 @@ def build() -> typer.Typer:
     """The command with all its subcommands."""
     app = typer.Typer(
         name="moekit",
-        help="Sparse mixture-of-experts models: compare designs, train, inspect, prune.",
+        help="Sparse mixture-of-experts models: compare designs, train, inspect, prune, unlearn.",
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="rich",
@@ -43,7 +43,7 @@ def build() -> typer.Typer:
             bool, typer.Option("--version", callback=_version, is_eager=True, help="Version.")
         ] = False,
     ) -> None:
-        """Sparse mixture-of-experts models: compare designs, train, inspect, prune."""
+        """Sparse mixture-of-experts models: compare designs, train, inspect, prune, unlearn."""
 
     def add(
         name: str, command: Callable[..., None], examples: str, under: typer.Typer = app
@@ -56,6 +56,7 @@ def build() -> typer.Typer:
     add("generate", generate.generate_command, generate.EXAMPLES)
     add("evaluate", evaluate.evaluate_command, evaluate.EXAMPLES)
     add("prune", prune.prune_command, prune.EXAMPLES)
+    add("unlearn", unlearn.unlearn_command, unlearn.EXAMPLES)
     add("systems", systems.systems_command, systems.SYSTEMS_EXAMPLES)
     benches = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
     app.add_typer(benches, name="bench")

@@ -107,7 +107,7 @@ def prune_command(
     run goes on when the command is run again.
     """
     where = opt.device_of(device)
-    chosen = _method(method, dict(_setting(text) for text in settings or []), seed)
+    chosen = _method(method, dict(setting_of(text) for text in settings or []), seed)
     budget = _budget(keep, experts, target_size)
     for name, value, least in (
         ("--sequences", sequences, 1),
@@ -198,7 +198,7 @@ def _bytes(size: str) -> int:
     return int(float(found.group(1)) * _UNITS[found.group(2).upper()])
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting_of(text: str) -> tuple[str, Any]:
     """``NAME=VALUE``, the value as JSON if it is that, a list where it has commas, else text."""
     name, equals, value = text.partition("=")
     if not equals or not name:

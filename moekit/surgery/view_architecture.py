@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class RoutingRule:
         scale: factor on the weights.
         groups: number of equal groups that experts are split into; 1 for none.
         smallest: fewest experts that the block works with.
+        score: what turns logits into scores.
     """
 
     top_k: int
@@ -37,6 +38,7 @@ class RoutingRule:
     scale: float = 1.0
     groups: int = 1
     smallest: int = 1
+    score: Literal["softmax", "sigmoid"] = "softmax"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Architecture:
         shared_gate: path to the gate of the shared expert; empty for none.
         group_keys: config keys of the number of groups and of those a token may use.
         per_group: fewest experts a group, for the score that ranks groups.
+        score: what turns router logits into scores.
         stored: names in a checkpoint.
     """
 
@@ -67,6 +70,7 @@ class Architecture:
     shared_gate: str = ""
     group_keys: tuple[str, str] | None = None
     per_group: int = 1
+    score: Literal["softmax", "sigmoid"] = "softmax"
     stored: StoredNames = PER_EXPERT
 
     def is_moe(self, layer: nn.Module) -> bool:
@@ -90,6 +94,7 @@ class Architecture:
             scale=float(getattr(config, "routed_scaling_factor", 1.0)),
             groups=groups,
             smallest=max(top_k, groups * max(room, self.per_group)),
+            score=self.score,
         )
 
     def groups(self, config: PreTrainedConfig) -> tuple[int, int]:

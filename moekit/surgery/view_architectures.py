@@ -108,6 +108,7 @@ class OwnDecoder(Architecture):
             scale=spec.scale,
             groups=spec.groups,
             smallest=max(spec.k, spec.groups * max(room, per_group)),
+            score=spec.score,
         )
 
     def experts(self, block: Any) -> ExpertWeights:
@@ -209,6 +210,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         shared="mlp.shared_experts",
         group_keys=_DEEPSEEK_GROUPS,
         per_group=2,
+        score="sigmoid",
     ),
     GptOss("gpt_oss", "num_local_experts", router="router", stored=stored.FUSED),
     Architecture(

@@ -23,6 +23,7 @@ from moekit.systems.sparsity_constrained_ot import (
 )
 from moekit.systems.system import System
 from moekit.systems.temperature_gaussian_moe import TEMPERATURE_GAUSSIAN_MOE
+from moekit.systems.uoe import UOE
 
 DEFAULT_DESIGNS = ("dense", "topk", "adamoe", "moepp", "remoe")
 
@@ -55,6 +56,7 @@ def systems() -> tuple[System, ...]:
         MODULEFORMER,
         DERN,
         UNCURL,
+        UOE,
         *PLANNED,
     )
 

@@ -95,12 +95,6 @@ PLANNED = (
         "a router that looks at the experts' own activations",
     ),
     _planned(
-        "uoe",
-        "UOE: unlearns in one expert while an anchor holds the router",
-        "2411.18797",
-        "attribution, a router anchor loss",
-    ),
-    _planned(
         "onerec",
         "OneRec: generates sessions of items, aligned by preference",
         "2502.18965",
