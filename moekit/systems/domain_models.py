@@ -25,7 +25,7 @@ from moekit.training.decay import decayed_names
 from moekit.training.order import ShuffledPasses
 
 BIAS_RATE = 1e-3  # DeepSeek-V3's
-BALANCE = 0.01  # OLMoE's
+BALANCE = 0.01  # weight of the loss, OLMoE's
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Size(Spec):
         experts: routed ones a layer.
         k: routed ones a token.
         positions: longest sequence.
+        normalize: whether the weights of a token in an OLMoE sum to 1; those of OLMoE do not.
     """
 
     width: int = 128
@@ -49,6 +50,7 @@ class Size(Spec):
     experts: int = 16
     k: int = 2
     positions: int = 512
+    normalize: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,7 @@ def olmoe(size: Size, vocabulary: int, end: int, seed: int = 0) -> PreTrainedMod
         **_common(size, vocabulary, end),
         intermediate_size=size.hidden,
         num_experts=size.experts,
-        output_router_logits=False,
-        router_aux_loss_coef=BALANCE,
+        norm_topk_prob=size.normalize,
     )
     return _built(OlmoeForCausalLM, config, seed)
 
@@ -130,8 +131,7 @@ def fit(
 ) -> None:
     """Train all weights of a model in place; its experts run on moekit's kernels meanwhile.
 
-    An OLMoE has its balance loss, and the bias of a DeepSeek-V3 moves towards even load after
-    each step, both of training alone.
+    Load is kept even by a balance loss, or by the routers' bias where they have one.
 
     Args:
         model: one of this module's.
@@ -142,67 +142,76 @@ def fit(
     register_experts()
     before = model.config._experts_implementation
     model.set_experts_implementation("moekit")
-    model.train()  # type: ignore[no-untyped-call]
+    model.train()
     optimiser = _optimiser(model)
     order = iter(ShuffledPasses(len(data), schedule.steps * schedule.batch_size, schedule.seed))
-    with _BiasBalance(model) as bias:
+    with _Balance(model) as balance:
         for step in range(schedule.steps):
             batch = [data[next(order)]["input_ids"] for _ in range(schedule.batch_size)]
             for group in optimiser.param_groups:
                 group["lr"] = schedule.rate(step)
-            loss, cross_entropy = _losses(model, torch.stack(batch).to(model.device))
+            token_BT = torch.stack(batch).to(model.device)
+            loss = model(input_ids=token_BT, labels=token_BT, use_cache=False).loss
             optimiser.zero_grad()
-            loss.backward()
+            (loss + balance.loss()).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
-            bias.update()
-            told(step + 1, cross_entropy)
+            balance.update()
+            told(step + 1, loss.item())
     model.set_experts_implementation(before)
     model.eval()  # type: ignore[no-untyped-call]
 
 
-def _losses(model: PreTrainedModel, token_BT: Tensor) -> tuple[Tensor, float]:
-    """The loss to train on, and its cross-entropy."""
-    balanced = hasattr(model.config, "router_aux_loss_coef")
-    options: dict[str, Any] = {"output_router_logits": True} if balanced else {}
-    output = model(input_ids=token_BT, labels=token_BT, use_cache=False, **options)
-    if not balanced:
-        return output.loss, output.loss.item()
-    extra = model.config.router_aux_loss_coef * output.aux_loss
-    return output.loss, (output.loss - extra).item()
+class _Balance:
+    """Even load in training, layer by layer: by a loss, or by the bias of routers that have one.
 
-
-class _BiasBalance:
-    """Auxiliary-loss-free balancing (DeepSeek-V3, arXiv 2412.19437, sec. 2.1.2).
-
-    transformers keeps the bias and never changes it.
+    The loss is Switch Transformer's (arXiv 2101.03961, eq. 4). That of transformers' OLMoE adds up
+    the loads of all layers first, and lets experts of a layer die. The bias follows DeepSeek-V3
+    (arXiv 2412.19437, sec. 2.1.2); transformers keeps it and never changes it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        gates = find_gates(model).values()
-        self.gates = [gate for gate in gates if hasattr(gate, "e_score_correction_bias")]
-        self.counts: dict[nn.Module, Tensor] = {}
+        self.gates: list[Any] = list(find_gates(model).values())
+        self.seen: dict[Any, tuple[Tensor, Tensor]] = {}
         self.handles: list[Any] = []
 
-    def __enter__(self) -> _BiasBalance:
-        self.handles = [gate.register_forward_hook(self._count) for gate in self.gates]
+    def __enter__(self) -> _Balance:
+        self.handles = [gate.register_forward_hook(self._keep) for gate in self.gates]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
 
+    def loss(self) -> Tensor:
+        """Mean over layers, of those without a bias."""
+        losses = [
+            logits_NE.shape[1] * (_load(logits_NE, expert_NK) @ logits_NE.softmax(1).mean(0))
+            for gate, (logits_NE, expert_NK) in self.seen.items()
+            if not _has_bias(gate)
+        ]
+        return BALANCE * torch.stack(losses).mean() if losses else torch.zeros(())
+
     def update(self) -> None:
         """Raise the bias of experts below the mean load of the step, lower that of the others."""
-        for gate, count_E in self.counts.items():
-            load_E = count_E.float()
-            gate.e_score_correction_bias += BIAS_RATE * (load_E.mean() - load_E).sign()
-        self.counts.clear()
+        for gate, (logits_NE, expert_NK) in self.seen.items():
+            if _has_bias(gate):
+                load_E = _load(logits_NE, expert_NK)
+                gate.e_score_correction_bias += BIAS_RATE * (load_E.mean() - load_E).sign()
+        self.seen.clear()
 
-    def _count(self, gate: nn.Module, _: Any, output: Any) -> None:
-        expert_NK = output[2]
-        experts = gate.e_score_correction_bias.numel()
-        self.counts[gate] = expert_NK.flatten().bincount(minlength=experts)
+    def _keep(self, gate: Any, _: Any, output: Any) -> None:
+        self.seen[gate] = (output[0].float(), output[2])
+
+
+def _has_bias(gate: Any) -> bool:
+    return hasattr(gate, "e_score_correction_bias")
+
+
+def _load(logits_NE: Tensor, expert_NK: Tensor) -> Tensor:
+    """Choices of each expert a token (E,)."""
+    count_E = expert_NK.flatten().bincount(minlength=logits_NE.shape[1])
+    return count_E.float() / len(logits_NE)
 
 
 def _common(size: Size, vocabulary: int, end: int) -> dict[str, Any]:
