@@ -22,8 +22,9 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from moekit.data import Document, TextSpec, prepare, read_documents
 from moekit.data.tokenizer import encode
 from moekit.measure.continuations import continuation_items
 from moekit.measure.multiple_choice import ChoiceItem, score_choices
-from moekit.surgery import Budget, prune
+from moekit.surgery import BlockStatistics, Budget, prune
 from moekit.surgery.methods import (
     DERN,
     REAP,
@@ -50,7 +51,7 @@ from moekit.surgery.methods import (
 )
 from moekit.systems.compression import Blocks, calibrated, compressed, drawn, loss_of
 from moekit.systems.compression_report import markdown, page
-from moekit.systems.domain_models import Schedule, fit
+from moekit.systems.domain_models import FAMILIES, Schedule, fit
 
 KEEP = (0.75, 0.5, 0.25)
 SEEDS = (0, 1, 2)
@@ -136,7 +137,7 @@ class Subject:
         found = continuation_items(self.documents, self.tokenizer, extent.items)
         self.items: list[ChoiceItem] = [item for own in found.values() for item in own]
 
-    def blocks(self, documents: list[Document], most: int) -> dict[str, Blocks]:
+    def blocks(self, documents: list[Document], most: int | None) -> dict[str, Blocks]:
         """The first blocks of each domain's documents, which follow each other."""
         tokens: dict[str, list[int]] = {}
         end = int(self.tokenizer.eos_token_id)
@@ -155,39 +156,73 @@ class Subject:
         """The model anew, to be changed."""
         return AutoModelForCausalLM.from_pretrained(self.folder)
 
-    def quality(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Loss of every domain, and accuracy."""
-        scores = score_choices(model, self.tokenizer, self.items)
+    def losses(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Loss of every domain."""
         return {
             "loss": {domain: loss_of(model, own) for domain, own in self.held_out.items()},
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+
+    def choices(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Accuracy of the items."""
+        scores = score_choices(model, self.tokenizer, self.items)
+        return {
             "accuracy": scores.accuracy,
             "accuracy_normalized": scores.accuracy_normalized,
-            "parameters": sum(p.numel() for p in model.parameters()),
         }
 
 
 def general(subject: Subject, cells: Cells) -> Iterator[dict[str, Any]]:
     """The model itself, and compressed by every method to every size with every seed."""
-    whole = {"model": subject.name, "method": "whole", "keep": 1.0, "seed": 0}
-    yield whole | cells.measured(f"{subject.name}-whole", lambda: subject.quality(subject.model))
+    whole = partial(Measured, subject, subject.model, {})
+    yield {"model": subject.name, "method": "whole", "keep": 1.0, "seed": 0} | both(
+        cells, f"{subject.name}-whole", whole
+    )
     for seed in subject.extent.seeds:
         known = methods(seed)
         blocks = drawn(subject.train, subject.extent.calibration, seed)
         statistics = calibrated(subject.model, blocks, known.values(), seed)
         for keep in subject.extent.keep:
             for label, method in known.items():
-
-                def run(method: Method = method, keep: float = keep) -> dict[str, Any]:
-                    made = compressed(subject.model, method, keep, statistics)
-                    about = {"experts": list(made.experts), "passed_on": made.passed_on}
-                    return about | subject.quality(made.model)
-
-                cell = cells.measured(f"{subject.name}-{label}-{keep}-seed{seed}", run)
                 place = {"model": subject.name, "method": label, "keep": keep, "seed": seed}
-                yield place | cell
+                make = partial(cut, subject, method, keep, statistics)
+                yield place | both(cells, f"{subject.name}-{label}-{keep}-seed{seed}", make)
 
 
-def as_written(subject: Subject, folder: Path) -> float:
+@dataclass(frozen=True)
+class Measured:
+    """A model to measure, and what is known of it."""
+
+    subject: Subject
+    model: PreTrainedModel
+    about: dict[str, Any]
+
+    def losses(self) -> dict[str, Any]:
+        """Losses, and what is known."""
+        return self.about | self.subject.losses(self.model)
+
+    def choices(self) -> dict[str, Any]:
+        """Accuracies."""
+        return self.subject.choices(self.model)
+
+
+def both(cells: Cells, name: str, make: Callable[[], Measured]) -> dict[str, Any]:
+    """Losses and accuracies, each a file of its own; the model is made where one is missing."""
+    losses = cells.measured(name, lambda: make().losses())
+    choices = cells.measured(f"{name}-choices", lambda: make().choices())
+    return choices | losses
+
+
+def cut(
+    subject: Subject, method: Method, keep: float, statistics: Sequence[BlockStatistics]
+) -> Measured:
+    """The model with fewer experts."""
+    made = compressed(subject.model, method, keep, statistics)
+    about = {"experts": list(made.experts), "passed_on": made.passed_on}
+    return Measured(subject, made.model, about)
+
+
+def as_written(subject: Subject, folder: Path) -> dict[str, Any]:
     """Largest difference of logits between a model compressed in memory and as it is written."""
     method = DERN(alpha=0.2)
     blocks = drawn(subject.train, 16, 0)
@@ -198,54 +233,74 @@ def as_written(subject: Subject, folder: Path) -> float:
     token_BT = torch.stack([block["input_ids"] for block in blocks[:4]])
     with torch.inference_mode():
         gap = made.model(input_ids=token_BT).logits - written(input_ids=token_BT).logits
-    return float(gap.abs().max())
+    return {"gap": float(gap.abs().max())}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some domains, which a model is cut and tuned for.
+
+    Attributes:
+        train, test: their blocks.
+        steps: of tuning.
+    """
+
+    train: Blocks
+    test: Blocks
+    steps: int
+
+    @classmethod
+    def of(cls, subject: Subject, documents: list[Document], name: str) -> Task:
+        """The task of this name."""
+        own = [d for d in documents if (d.group or "").startswith(TASKS[name])]
+        train, test = (
+            [block for some in subject.blocks(of_split, None).values() for block in some]
+            for of_split in ([d for d in own if d.split == split] for split in ("train", "test"))
+        )
+        return cls(train, drawn(test, subject.extent.task_blocks, 0), subject.extent.tuning)
+
+    def tuned(self, make: Callable[[], PreTrainedModel]) -> dict[str, Any]:
+        """Loss of a new model, and after tuning."""
+        model = make()
+        before = loss_of(model, self.test)
+        fit(model, self.train, Schedule(steps=self.steps, learning_rate=5e-4))
+        return {"loss_before": before, "loss": loss_of(model, self.test)}
 
 
 def tasks(
     subject: Subject, natives: dict[int, Subject], documents: list[Document], cells: Cells
 ) -> Iterator[dict[str, Any]]:
     """Fewer experts for one task, before and after tuning, beside natively small models."""
-    extent = subject.extent
-    for task, starts in TASKS.items():
-        own = [d for d in documents if (d.group or "").startswith(starts)]
-        parts = {
-            split: [
-                block
-                for blocks in subject.blocks([d for d in own if d.split == split], 10**9).values()
-                for block in blocks
-            ]
-            for split in ("train", "test")
-        }
-        test = drawn(parts["test"], extent.task_blocks, 0)
+    for name in TASKS:
+        task = Task.of(subject, documents, name)
+        for method, left, make in contenders(subject, natives, task):
+            cell = cells.measured(f"task-{name}-{method}-{left}", partial(task.tuned, make))
+            yield {"task": name, "method": method, "experts": left} | cell
 
-        def tuned(model: PreTrainedModel, train: Blocks, test: Blocks) -> dict[str, Any]:
-            before = loss_of(model, test)
-            fit(model, train, Schedule(steps=extent.tuning, learning_rate=5e-4))
-            return {"loss_before": before, "loss": loss_of(model, test)}
 
-        def cell(
-            name: str, left: int, make: Callable[[], PreTrainedModel], train: Blocks, test: Blocks
-        ) -> dict[str, Any]:
-            found = cells.measured(
-                f"task-{task}-{name}-{left}", lambda: tuned(make(), train, test)
-            )
-            return {"task": task, "method": name, "experts": left} | found
+def contenders(
+    subject: Subject, natives: dict[int, Subject], task: Task
+) -> Iterator[tuple[str, int, Callable[[], PreTrainedModel]]]:
+    """Name, number of experts, and how to make a fresh model."""
+    experts = int(subject.model.config.num_experts)
+    yield "native", experts, subject.copy
+    for left, native in natives.items():
+        yield "native", left, native.copy
+    known = {"uncurl": Uncurl(), "frequency": Frequency()}
+    for where, source in (("the task", task.train), ("all domains", subject.train)):
+        blocks = drawn(source, subject.extent.calibration, 0)
+        statistics = calibrated(subject.model, blocks, known.values())
+        for left in natives:
+            for label, method in known.items():
+                make = partial(reduced, subject, method, left / experts, statistics)
+                yield f"{label} on {where}", left, make
 
-        experts = int(subject.model.config.num_experts)
-        yield cell("native", experts, subject.copy, parts["train"], test)
-        for left, native in natives.items():
-            yield cell("native", left, native.copy, parts["train"], test)
-        for where, source in (("task", parts["train"]), ("all domains", subject.train)):
-            blocks = drawn(source, extent.calibration, 0)
-            some = {"uncurl": Uncurl(), "frequency": Frequency()}
-            statistics = calibrated(subject.model, blocks, some.values())
-            for left in natives:
-                for label, method in some.items():
 
-                    def make(method: Method = method, left: int = left) -> PreTrainedModel:
-                        return compressed(subject.model, method, left / experts, statistics).model
-
-                    yield cell(f"{label} on {where}", left, make, parts["train"], test)
+def reduced(
+    subject: Subject, method: Method, keep: float, statistics: Sequence[BlockStatistics]
+) -> PreTrainedModel:
+    """The model with fewer experts."""
+    return compressed(subject.model, method, keep, statistics).model
 
 
 def main() -> None:
@@ -261,12 +316,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     task_rows: list[dict[str, Any]] = []
     about: dict[str, Any] = {"machine": machine("cpu"), "extent": asdict(extent), "models": {}}
-    for name in ("olmoe", "deepseek"):
+    for name in FAMILIES:
+        if not (options.models / name / "specialisation.json").exists():
+            continue
         subject = Subject(options.models / name, documents, extent)
         made = json.loads((subject.folder / "specialisation.json").read_text())
         cells = Cells(options.work, {"extent": asdict(extent), "model": made["trained"]})
         gap = cells.measured(
-            f"{name}-written", lambda s=subject: {"gap": as_written(s, options.work / "written")}
+            f"{name}-written", partial(as_written, subject, options.work / "written")
         )
         about["models"][name] = made | {"items": len(subject.items), "written": gap["gap"]}
         rows += general(subject, cells)

@@ -60,8 +60,7 @@ def continuation_items(
     groups = sorted({text.group for text in long})
     return {
         group: [
-            maker.item([text for text in long if text.group == group], choices)
-            for _ in range(each)
+            maker.item([text for text in long if text.group == group], choices) for _ in range(each)
         ]
         for group in groups
     }
@@ -77,7 +76,7 @@ class _Text:
 
 
 def _encoded(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[_Text]:
-    tokens = encode(tokenizer, [document.text for document in documents])
+    tokens = encode(tokenizer, [d.text for d in documents]) if documents else []
     return [
         _Text(number, document.group or "", ids)
         for number, (document, ids) in enumerate(zip(documents, tokens, strict=True))
@@ -100,14 +99,16 @@ class _Maker:
         others = [t for t in self.texts if t.group == source.group and self._serves(t, source)]
         others = others or [t for t in self.texts if self._serves(t, source)]
         found = [truth]
-        for _ in range(_TRIES):
+        for _ in range(_TRIES if others else 0):
             if len(found) == choices:
                 break
             wrong = self._stretch(others[self._below(len(others))], 0)
             if wrong is not None and wrong[1] not in found:
                 found.append(wrong[1])
-        else:
-            raise DataError(f"the other documents of {source.group!r} give no {choices - 1} choices")
+        if len(found) < choices:
+            raise DataError(
+                f"the other documents of {source.group!r} give no {choices - 1} choices"
+            )
         order = torch.randperm(choices, generator=self.generator).tolist()
         return ChoiceItem(context, tuple(found[place] for place in order), order.index(0))
 

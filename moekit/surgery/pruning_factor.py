@@ -77,7 +77,7 @@ def pruning_factor_study(
     *,
     batch_size: int = 8,
     seed: int = 0,
-    done: Callable[[FactorRow], None] = lambda row: None,
+    done: Callable[[FactorRow], None] | None = None,
 ) -> list[FactorRow]:
     """Every model of a family reduced to every smaller size of it, and tuned, beside the natives.
 
@@ -108,7 +108,8 @@ def pruning_factor_study(
             before = loss(made)
             tune(made)
             rows.append(FactorRow(name, experts, left, seed, before, loss(made)))
-            done(rows[-1])
+            if done is not None:
+                done(rows[-1])
     return rows
 
 
@@ -132,7 +133,9 @@ def thresholds(
         raise SpecError(f"no row is of {method!r}")
     missing = sorted({(r.left, r.seed) for r in own} - set(native))
     if missing:
-        raise SpecError(f"there is no native model of {missing[0][0]} experts, seed {missing[0][1]}")
+        raise SpecError(
+            f"there is no native model of {missing[0][0]} experts, seed {missing[0][1]}"
+        )
     found = []
     for experts in sorted({row.experts for row in own}, reverse=True):
         gaps: dict[float, list[float]] = {}
@@ -166,7 +169,9 @@ def _check(models: Mapping[int, PreTrainedModel], methods: Mapping[str, Method])
     if len(models) < 2:
         raise SpecError(f"got models of {len(models)} size; a threshold needs two sizes or more")
     if NATIVE in methods:
-        raise SpecError(f"a method is called {NATIVE!r}, which are the models themselves; rename it")
+        raise SpecError(
+            f"a method is called {NATIVE!r}, which are the models themselves; rename it"
+        )
     for experts, model in models.items():
         have = {view.experts for view in block_views(model)}
         if have != {experts}:

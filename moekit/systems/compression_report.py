@@ -113,7 +113,11 @@ def page(about: Measured, cells: Sequence[Measured], tasks: Sequence[Measured]) 
                 loss_by_share(
                     rows[0].loss.mean,
                     {
-                        name: [(r.keep, r.loss.mean, r.loss.half_width) for r in rows if r.method == name]
+                        name: [
+                            (r.keep, r.loss.mean, r.loss.half_width)
+                            for r in rows
+                            if r.method == name
+                        ]
                         for name in dict.fromkeys(r.method for r in rows[1:])
                     },
                 ),

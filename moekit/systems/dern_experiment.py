@@ -29,7 +29,7 @@ from moekit.surgery.methods import (
     Random,
     RouterWeight,
 )
-from moekit.systems.compression import Blocks, calibrated, compressed, loss_of
+from moekit.systems.compression import calibrated, compressed, loss_of
 from moekit.systems.domain_models import Schedule, Size, fit, olmoe
 from moekit.systems.experiment import Finding, Laboratory, Reproduction, judged
 from moekit.systems.python_domains import END, VOCABULARY, PythonDomains, python_domains
@@ -76,7 +76,9 @@ def methods(seed: int) -> dict[str, Method]:
         "dern, router=none": DERN(router="none"),
         "dern, router=probability": DERN(router="probability"),
         "dern, alpha=0": DERN(alpha=0.0),
+        "dern, alpha=0.7": DERN(alpha=0.7),
         "dern, not weighted": DERN(weighted=False),
+        "dern, init_distinct=0.8": DERN(init_distinct=0.8),
         "dern, paper's start": DERN(init_distinct=1.0),
     }
 
@@ -92,7 +94,7 @@ def experiment(lab: Laboratory) -> Reproduction:
             "cuts",
             seed,
             settings,
-            lambda seed=seed, index=index: _Models(lab, budget, domains, seed, index).run(),
+            _Models(lab, budget, domains, seed, index).run,
         )
         for index, seed in enumerate(seeds)
     ]
@@ -125,16 +127,14 @@ class _Models:
         self.train = domains.mixture(4000)
         self.calibration = domains.mixture(max(1, budget.calibration // 2))
         self.held_out = [
-            block
-            for name in domains.texts
-            for block in domains.held_out(name, budget.held_out)
+            block for name in domains.texts for block in domains.held_out(name, budget.held_out)
         ]
-        self.reporter = lab.progress.run("cuts", seed, index, budget.seeds)
-        self.reporter.start(2 * (budget.dense + budget.steps), f"seed {seed}")
-        self.step = 0
+        self.index, self.step = index, 0
 
     def run(self) -> dict[str, Any]:
         """Bits a byte by kind of model, method and share left."""
+        self.reporter = self.lab.progress.run("cuts", self.seed, self.index, self.budget.seeds)
+        self.reporter.start(2 * (self.budget.dense + self.budget.steps), f"seed {self.seed}")
         found = {
             "upcycled": self._cut(self._upcycled()),
             "from scratch": self._cut(self._from_scratch()),

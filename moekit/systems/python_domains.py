@@ -32,9 +32,7 @@ class PythonDomains:
 
     def mixture(self, each: int) -> Blocks:
         """So many training blocks of every domain, fewer of one that has no more."""
-        return [
-            block for data in self.texts.values() for block in drawn(data.train, each, seed=0)
-        ]
+        return [block for data in self.texts.values() for block in drawn(data.train, each, seed=0)]
 
     def train(self, domain: str, count: int, seed: int = 0) -> Blocks:
         """Some training blocks of a domain."""

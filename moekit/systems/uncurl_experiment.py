@@ -80,7 +80,7 @@ def experiment(lab: Laboratory) -> Reproduction:
             "family",
             seed,
             {"budget": asdict(budget), "size": SIZE.to_dict()},
-            lambda seed=seed, index=index: _Family(lab, budget, domains, seed, index).run(),
+            _Family(lab, budget, domains, seed, index).run,
         )
         rows += [FactorRow(**row) for row in found["rows"]]
     return Reproduction(
@@ -110,21 +110,16 @@ class _Family:
         self.lab, self.budget, self.domains, self.seed = lab, budget, domains, seed
         self.task = domains.train(TASK, 4000)
         self.held_out = domains.held_out(TASK, budget.held_out)
-        pairs = len(COUNTS) * (len(COUNTS) - 1) // 2
-        total = len(COUNTS) * budget.steps
-        total += (2 * len(COUNTS) + pairs * (len(methods(seed)) + 1)) * budget.tuning
-        self.reporter = lab.progress.run("family", seed, index, budget.seeds)
-        self.reporter.start(total, f"seed {seed}")
-        self.step = 0
+        self.index, self.step = index, 0
 
     def run(self) -> dict[str, Any]:
         """Train, reduce, tune and measure."""
+        self.reporter = self.lab.progress.run("family", self.seed, self.index, self.budget.seeds)
+        self.reporter.start(self._steps, f"seed {self.seed}")
         mixture = self.domains.mixture(4000)
         models = {count: self._trained(count, mixture) for count in COUNTS}
         rows = self._study(models, methods(self.seed), self.domains.train(TASK, self._blocks))
-        others = self._study(
-            models, {GENERAL: Uncurl()}, self.domains.mixture(self._blocks // 4)
-        )
+        others = self._study(models, {GENERAL: Uncurl()}, self.domains.mixture(self._blocks // 4))
         rows += [row for row in others if row.method != NATIVE]
         self.reporter.finish()
         return {"rows": [asdict(row) for row in rows]}
@@ -132,6 +127,13 @@ class _Family:
     @property
     def _blocks(self) -> int:
         return self.budget.calibration
+
+    @property
+    def _steps(self) -> int:
+        """Of all trainings; the natives are tuned once for each of the two studies."""
+        pairs = len(COUNTS) * (len(COUNTS) - 1) // 2
+        tunings = 2 * len(COUNTS) + pairs * (len(methods(self.seed)) + 1)
+        return len(COUNTS) * self.budget.steps + tunings * self.budget.tuning
 
     def _study(
         self, models: dict[int, PreTrainedModel], known: dict[str, Method], text: Any
@@ -219,7 +221,9 @@ def _table(rows: Sequence[FactorRow]) -> list[dict[str, Any]]:
         after = Spread.of([row.loss for row in own])
         table.append(
             {
-                "design": f"{experts} to {left}, {method}" if method != NATIVE else f"{left} native",
+                "design": f"{experts} to {left}, {method}"
+                if method != NATIVE
+                else f"{left} native",
                 "seeds": len(own),
                 "bits_before_tuning": statistics.fmean(row.before for row in own),
                 "bits": after.mean,

@@ -124,7 +124,7 @@ def slow_kmeans(
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 4])
-@pytest.mark.parametrize("distinct", [0.8, 1.0])
+@pytest.mark.parametrize("distinct", [0.5, 0.8, 1.0])
 def test_clustering_equals_loops(seed: int, distinct: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     heads = torch.randn(4, 3 * WIDTH, generator=generator)
@@ -204,12 +204,32 @@ def test_the_bare_start_loses_neurons_where_copies_are_near() -> None:
         value[1] += 0.01 * torch.randn(value[1].shape)
     x_ND = torch.randn(50, WIDTH)
     error = {}
-    for distinct in (0.8, 1.0):
+    for distinct in (DERN().init_distinct, 1.0):
         plan = DERN(init_distinct=distinct).recombine(bank, importance(0, 3), [0, 2])
         assert plan.experts is not None
         want = run(bank[0], x_ND)
         error[distinct] = float((run(plan.experts[0], x_ND) - want).norm() / want.norm())
-    assert error[0.8] < 0.05 < error[1.0]  # the copy differs by noise of 0.01
+    assert error[DERN().init_distinct] < 0.05 < error[1.0]  # the copy differs by noise of 0.01
+
+
+def test_every_neuron_keeps_a_centre_where_copies_are_less_near() -> None:
+    """A second set of neurons at a cosine of about 0.7 with the first merges into it, one by one.
+
+    At 0.8 both of a pair may be starts, so that another pair has none.
+    """
+    cosine = torch.nn.functional.cosine_similarity
+    centres: dict[float, list[int]] = {DERN().init_distinct: [], 0.8: []}
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        own = torch.randn(8, 300, generator=generator)
+        other = own[torch.randperm(8, generator=generator)]
+        other = other + torch.randn(8, 300, generator=generator)
+        for distinct, found in centres.items():
+            made = recluster(torch.cat([own, other]), torch.ones(16), 8, 100, distinct, 50)
+            nearest = cosine(made[:, None], own[None], dim=2).argmax(1)
+            found.append(len(set(nearest.tolist())))
+    assert centres[DERN().init_distinct] == [8] * 5
+    assert sum(centres[0.8]) < 8 * 5
 
 
 def test_canonical_neurons_ignore_scale_and_sign() -> None:

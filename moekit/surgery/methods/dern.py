@@ -40,8 +40,9 @@ class DERN(Method):
         canonicalize: compare neurons after scaling up and down to equal norms, and take the sign
             of both that fits better; neither changes what a neuron computes.
         weighted: count each neuron by its expert's importance in k-means.
-        init_distinct: cosine from which a start of k-means repeats another and is passed over; 1
-            for the paper's own start, which takes near copies of one neuron several times.
+        init_distinct: cosine from which a start of k-means repeats another and is passed over
+            while others are left; 1 for the paper's own start, which takes near copies of one
+            neuron several times, so that others lose their centre.
         iterations: of k-means, at most.
     """
 
@@ -51,7 +52,7 @@ class DERN(Method):
     router: Literal["rows", "probability", "none"] = "rows"
     canonicalize: bool = False
     weighted: bool = True
-    init_distinct: float = 0.8
+    init_distinct: float = 0.5
     iterations: int = 50
 
     def check(self) -> None:
