@@ -103,18 +103,25 @@ class Cells:
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))
 
-    def measured(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``run`` measures, or did before with the same settings."""
+    def measured(
+        self, name: str, run: Callable[[], dict[str, Any]], method: Method | None = None
+    ) -> dict[str, Any]:
+        """What ``run`` measures, or did before with the same settings, and method if any."""
+        settings = self.settings | {"method": None if method is None else _plain(method)}
         path = self.folder / f"{name.replace(' ', '').replace(',', '-')}.json"
         if path.exists():
             stored = json.loads(path.read_text())
-            if stored["settings"] == self.settings:
+            if stored["settings"] == settings:
                 return dict(stored["measured"])
         began = time.perf_counter()
         found = run() | {"seconds": round(time.perf_counter() - began, 1)}
-        write_json(path, {"settings": self.settings, "measured": found})
+        write_json(path, {"settings": settings, "measured": found})
         print(name, {k: v for k, v in found.items() if isinstance(v, float | int)}, flush=True)
         return found
+
+
+def _plain(method: Method) -> Any:
+    return json.loads(json.dumps(method.to_dict()))
 
 
 class Subject:
@@ -176,7 +183,7 @@ def general(subject: Subject, cells: Cells) -> Iterator[dict[str, Any]]:
     """The model itself, and compressed by every method to every size with every seed."""
     whole = partial(Measured, subject, subject.model, {})
     yield {"model": subject.name, "method": "whole", "keep": 1.0, "seed": 0} | both(
-        cells, f"{subject.name}-whole", whole
+        cells, f"{subject.name}-whole", None, whole
     )
     for seed in subject.extent.seeds:
         known = methods(seed)
@@ -186,7 +193,8 @@ def general(subject: Subject, cells: Cells) -> Iterator[dict[str, Any]]:
             for label, method in known.items():
                 place = {"model": subject.name, "method": label, "keep": keep, "seed": seed}
                 make = partial(cut, subject, method, keep, statistics)
-                yield place | both(cells, f"{subject.name}-{label}-{keep}-seed{seed}", make)
+                name = f"{subject.name}-{label}-{keep}-seed{seed}"
+                yield place | both(cells, name, method, make)
 
 
 @dataclass(frozen=True)
@@ -206,10 +214,12 @@ class Measured:
         return self.subject.choices(self.model)
 
 
-def both(cells: Cells, name: str, make: Callable[[], Measured]) -> dict[str, Any]:
+def both(
+    cells: Cells, name: str, method: Method | None, make: Callable[[], Measured]
+) -> dict[str, Any]:
     """Losses and accuracies, each a file of its own; the model is made where one is missing."""
-    losses = cells.measured(name, lambda: make().losses())
-    choices = cells.measured(f"{name}-choices", lambda: make().choices())
+    losses = cells.measured(name, lambda: make().losses(), method)
+    choices = cells.measured(f"{name}-choices", lambda: make().choices(), method)
     return choices | losses
 
 

@@ -78,8 +78,8 @@ def methods(seed: int) -> dict[str, Method]:
         "dern, alpha=0": DERN(alpha=0.0),
         "dern, alpha=0.7": DERN(alpha=0.7),
         "dern, not weighted": DERN(weighted=False),
-        "dern, init_distinct=0.8": DERN(init_distinct=0.8),
-        "dern, paper's start": DERN(init_distinct=1.0),
+        "dern, init=gate_max": DERN(init="gate_max"),
+        "dern, paper's start": DERN(init="gate_max", init_distinct=1.0),
     }
 
 
