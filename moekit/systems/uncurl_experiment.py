@@ -161,18 +161,21 @@ class _Family:
 
 def _threshold(rows: Sequence[FactorRow], quick: bool) -> Finding:
     found = thresholds(rows, "uncurl", TOLERANCE)
-    biggest = found[0]
-    double, more = biggest.gaps[2.0], [v for f, v in biggest.gaps.items() if f > 2]
-    matches = statistics.fmean(double) <= TOLERANCE
-    grows = all(statistics.fmean(v) > statistics.fmean(double) for v in more)
-    rises = [Spread.of([b - a for a, b in zip(double, v, strict=True)]) for v in more]
-    decided = all(_clear(rise) for rise in rises)
+    gaps = found[0].gaps
+    double = Spread.of(gaps[2.0])
+    rises = [
+        Spread.of([b - a for a, b in zip(gaps[2.0], values, strict=True)])
+        for factor, values in gaps.items()
+        if factor > 2
+    ]
+    holds = double.mean <= TOLERANCE and all(rise.mean > 0 for rise in rises)
+    decided = _clear(double, TOLERANCE) and all(_clear(rise) for rise in rises)
     return Finding(
         claim="A reduced model matches the natively small one up to a factor that depends on the "
         "number of experts: twice usually, four times sometimes; here: twice from 16 experts "
         f"within {TOLERANCE} bits of the native 8, and larger factors further from their natives",
         measured="; ".join(map(_threshold_in_words, found)),
-        verdict=judged(matches and grows, quick=quick, decided=decided),
+        verdict=judged(holds, quick=quick, decided=decided),
     )
 
 
@@ -204,8 +207,9 @@ def _beats(rows: Sequence[FactorRow], other: str, in_words: str, quick: bool) ->
     )
 
 
-def _clear(spread: Spread) -> bool:
-    return spread.half_width is not None and abs(spread.mean) > spread.half_width
+def _clear(spread: Spread, value: float = 0.0) -> bool:
+    """Whether a value is outside the 95% interval."""
+    return spread.half_width is not None and abs(spread.mean - value) > spread.half_width
 
 
 def _signed(spread: Spread) -> str:
