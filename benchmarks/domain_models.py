@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from moekit.compare.machine import machine
 from moekit.compare.record import write_json
 from moekit.data import Document, PackedDataset, TextData, TextSpec, prepare, read_documents
-from moekit.measure import token_routing
+from moekit.measure import group_information, token_routing
 from moekit.systems.domain_models import FAMILIES, Schedule, Size, fit
 
 SHARE = 0.07  # of a domain's documents, for each of test and validation
@@ -90,29 +90,23 @@ class SomeOfEach:
 def specialisation(model: PreTrainedModel, data: TextData) -> dict[str, Any]:
     """How much a token's expert tells of its domain, on held-out text of equal parts.
 
-    ``information`` is I(domain; expert) in nats of each layer, of the assignments, and
-    ``share_of_domain_entropy`` that over the entropy of the domains; ``load_share`` is the smallest
-    and largest share of all assignments that an expert has.
+    ``information`` is I(domain; expert) of each layer in nats, and ``share_of_domain_entropy`` that
+    over the entropy of the domains; ``load_share`` is the smallest and largest share of all
+    assignments that an expert has.
     """
     blocks = SomeOfEach(data.test)
-    found = token_routing(model, blocks, data.tokenizer, data.groups, batch_size=16)
-    tokens_G = torch.tensor([found.groups[name].tokens for name in data.groups]).double()
-    domain_G = tokens_G / tokens_G.sum()
-    entropy = float(torch.special.entr(domain_G).sum())
-    layers = []
-    for layer in range(len(found.statistics)):
-        share_GE = torch.tensor([found.groups[n].share_LE[layer] for n in data.groups]).double()
-        load_E = domain_G @ share_GE
-        conditional = float(domain_G @ torch.special.entr(share_GE).sum(1))
-        information = float(torch.special.entr(load_E).sum()) - conditional
-        layers.append(
-            {
-                "information": information,
-                "share_of_domain_entropy": information / entropy,
-                "load_share": [float(load_E.min()), float(load_E.max())],
-            }
-        )
-    return {"domain_entropy": entropy, "layers": layers}
+    found = group_information(
+        token_routing(model, blocks, data.tokenizer, data.groups, batch_size=16)
+    )
+    layers = [
+        {
+            "information": layer.information,
+            "share_of_domain_entropy": layer.information / layer.entropy,
+            "load_share": [min(layer.load_share), max(layer.load_share)],
+        }
+        for layer in found
+    ]
+    return {"domain_entropy": found[0].entropy, "layers": layers}
 
 
 def make(name: str, size: Size, schedule: Schedule, data: TextData, folder: Path) -> None:

@@ -6,7 +6,12 @@ Reports, which need matplotlib and jinja2, are imported from :mod:`moekit.measur
 from moekit.measure.expert_phase import ExpertPhase, ExpertPhaseResult, compare_expert_phase
 from moekit.measure.flops import count_flops
 from moekit.measure.fluctuation import Fluctuation, routing_fluctuation
-from moekit.measure.information import RoutingInformation, routing_information
+from moekit.measure.information import (
+    GroupInformation,
+    RoutingInformation,
+    group_information,
+    routing_information,
+)
 from moekit.measure.inspect import CheckpointStructure, inspect_checkpoint
 from moekit.measure.layer_bench import LayerBench, LayerShape, LayerTiming, grid
 from moekit.measure.memory import PeakMemory
@@ -33,6 +38,7 @@ __all__ = [
     "ExpertPhaseResult",
     "ExpertTokens",
     "Fluctuation",
+    "GroupInformation",
     "GroupUse",
     "LayerBench",
     "LayerShape",
@@ -52,6 +58,7 @@ __all__ = [
     "compare_expert_phase",
     "count_flops",
     "grid",
+    "group_information",
     "inspect_checkpoint",
     "interleaved",
     "observe",
