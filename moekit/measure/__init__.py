@@ -7,7 +7,12 @@ from moekit.measure.choice_files import read_choices
 from moekit.measure.expert_phase import ExpertPhase, ExpertPhaseResult, compare_expert_phase
 from moekit.measure.flops import count_flops
 from moekit.measure.fluctuation import Fluctuation, routing_fluctuation
-from moekit.measure.information import RoutingInformation, routing_information
+from moekit.measure.information import (
+    GroupInformation,
+    RoutingInformation,
+    group_information,
+    routing_information,
+)
 from moekit.measure.inspect import CheckpointStructure, inspect_checkpoint
 from moekit.measure.layer_bench import LayerBench, LayerShape, LayerTiming, grid
 from moekit.measure.memory import PeakMemory
@@ -38,6 +43,7 @@ __all__ = [
     "ExpertPhaseResult",
     "ExpertTokens",
     "Fluctuation",
+    "GroupInformation",
     "GroupUse",
     "LayerBench",
     "LayerShape",
@@ -58,6 +64,7 @@ __all__ = [
     "compare_expert_phase",
     "count_flops",
     "grid",
+    "group_information",
     "inspect_checkpoint",
     "interleaved",
     "observe",

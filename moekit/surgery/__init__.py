@@ -14,6 +14,12 @@ from moekit.surgery.plan import BlockPlan
 from moekit.surgery.prune import PruneReport, prune, prune_model
 from moekit.surgery.prune_modules import prune_modules
 from moekit.surgery.pruned import PrunedMoEConfig, PrunedMoEForCausalLM
+from moekit.surgery.pruning_factor import (
+    FactorRow,
+    Threshold,
+    pruning_factor_study,
+    thresholds,
+)
 from moekit.surgery.recorder import record, record_model
 from moekit.surgery.statistics import BlockStatistics, Needs
 from moekit.surgery.upcycle import upcycle
@@ -31,12 +37,14 @@ __all__ = [
     "Checkpoint",
     "Evaluation",
     "ExpertWeights",
+    "FactorRow",
     "ModuleUsage",
     "Needs",
     "PruneReport",
     "PrunedMoEConfig",
     "PrunedMoEForCausalLM",
     "RouterWeights",
+    "Threshold",
     "add_null_experts",
     "attach_momentum",
     "block_views",
@@ -49,9 +57,11 @@ __all__ = [
     "prune_model",
     "prune_modules",
     "pruned_model",
+    "pruning_factor_study",
     "record",
     "record_model",
     "register_experts",
+    "thresholds",
     "train_new_modules",
     "upcycle",
 ]

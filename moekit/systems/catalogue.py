@@ -7,6 +7,7 @@ from moekit.spec import suggestion
 from moekit.systems.adamoe import ADAMOE
 from moekit.systems.baselines import BASELINES
 from moekit.systems.comet import COMET, COMET_RELATIVES
+from moekit.systems.dern import DERN
 from moekit.systems.gg_moe import GG_MOE
 from moekit.systems.graph_of_tokens import GRAPH_OF_TOKENS, GRAPH_RELATIVES
 from moekit.systems.meo import MEO, MEO_RELATIVES
@@ -14,7 +15,6 @@ from moekit.systems.moduleformer import MODULEFORMER
 from moekit.systems.moepp import MOEPP
 from moekit.systems.momentum_smoe import MOMENTUM_SMOE
 from moekit.systems.planned import PLANNED
-from moekit.systems.pruning import DERN, UNCURL
 from moekit.systems.rectify_router import RECTIFY_ROUTER
 from moekit.systems.remoe import REMOE
 from moekit.systems.sparsity_constrained_ot import (
@@ -23,6 +23,7 @@ from moekit.systems.sparsity_constrained_ot import (
 )
 from moekit.systems.system import System
 from moekit.systems.temperature_gaussian_moe import TEMPERATURE_GAUSSIAN_MOE
+from moekit.systems.uncurl import UNCURL
 from moekit.systems.uoe import UOE
 
 DEFAULT_DESIGNS = ("dense", "topk", "adamoe", "moepp", "remoe")

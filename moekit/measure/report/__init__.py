@@ -20,6 +20,7 @@ from moekit.measure.report.blocks import (
     Table,
     Text,
 )
+from moekit.measure.report.compression import loss_by_share
 from moekit.measure.report.curves import (
     Curve,
     FrontierPoint,
@@ -67,6 +68,7 @@ __all__ = [
     "loss_against_flops",
     "loss_against_time",
     "loss_against_tokens",
+    "loss_by_share",
     "loss_curves",
     "pareto_front",
     "plain_routing",

@@ -40,8 +40,12 @@ class DERN(Method):
         canonicalize: compare neurons after scaling up and down to equal norms, and take the sign
             of both that fits better; neither changes what a neuron computes.
         weighted: count each neuron by its expert's importance in k-means.
-        init_distinct: cosine from which a start of k-means repeats another and is passed over; 1
-            for the paper's own start, which takes near copies of one neuron several times.
+        init: where k-means starts. ``own``: from the kept expert's own neurons, so that none of
+            them loses its centre to one that came. ``gate_max``, the paper's: from the neurons
+            with the largest number in their gate row.
+        init_distinct: for ``gate_max``, the cosine from which a start repeats another and is
+            passed over while others are left; 1 for the paper's own start, which takes near copies
+            of one neuron several times.
         iterations: of k-means, at most.
     """
 
@@ -51,7 +55,8 @@ class DERN(Method):
     router: Literal["rows", "probability", "none"] = "rows"
     canonicalize: bool = False
     weighted: bool = True
-    init_distinct: float = 0.8
+    init: Literal["own", "gate_max"] = "own"
+    init_distinct: float = 0.5
     iterations: int = 50
 
     def check(self) -> None:
@@ -170,7 +175,7 @@ class DERN(Method):
             weight_S.float(),
             own.hidden,
             width,
-            self.init_distinct,
+            None if self.init == "own" else self.init_distinct,
             self.iterations,
         )
         gate, up, down = centre_HP.split(width, dim=1)

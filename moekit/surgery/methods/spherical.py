@@ -12,7 +12,7 @@ def recluster(
     weight_S: Tensor,
     count: int,
     gate_width: int,
-    distinct: float,
+    distinct: float | None,
     iterations: int,
 ) -> Tensor:
     """``count`` neurons that stand for S of them.
@@ -25,13 +25,17 @@ def recluster(
         weight_S: how much each counts; a cluster of zeros counts all alike.
         count: number of centres, at most S.
         gate_width: how many of the P numbers are the gate row.
-        distinct: cosine from which a start repeats another and is passed over.
+        distinct: cosine from which a start repeats another and is passed over, the starts being
+            those of the largest gates; None to start from the first neurons.
         iterations: at most.
     """
     norm_S = segment_SP.norm(dim=1)
     unit_SP = F.normalize(segment_SP, dim=1)
-    order_S = segment_SP[:, :gate_width].abs().amax(1).argsort(descending=True, stable=True)
-    centre_CP = segment_SP[_starts(unit_SP, order_S, count, distinct)]
+    if distinct is None:
+        centre_CP = segment_SP[:count]
+    else:
+        order_S = segment_SP[:, :gate_width].abs().amax(1).argsort(descending=True, stable=True)
+        centre_CP = segment_SP[_starts(unit_SP, order_S, count, distinct)]
     label_S = torch.full((len(segment_SP),), -1)
     for _ in range(iterations):
         cosine_SC = unit_SP @ F.normalize(centre_CP, dim=1).T
