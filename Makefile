@@ -40,8 +40,8 @@ demo: $(READY) ## compare designs with the default settings into runs/demo (DEMO
 	$(VENV)/bin/moekit compare --output runs/demo $(DEMO_ARGS)
 
 .PHONY: test
-test: lint docs ## lint, build the docs and run the default tests
-	$(PY) -m pytest
+test: lint docs ## lint, build the docs and run the default tests, one process a core
+	$(PY) -m pytest --numprocesses auto --maxprocesses 8
 
 .PHONY: slow
 slow: $(READY) ## run the tests marked slow
