@@ -12,7 +12,17 @@ import typer
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import moekit
-from moekit.cli import bench, compare, evaluate, generate, prune, systems, train, unlearn
+from moekit.cli import (
+    bench,
+    compare,
+    evaluate,
+    generate,
+    prune,
+    systems,
+    train,
+    unlearn,
+    upcycle,
+)
 from moekit.cli import inspect as inspection
 from moekit.compare.run import first_line
 from moekit.errors import MoekitError
@@ -56,6 +66,7 @@ def build() -> typer.Typer:
     add("generate", generate.generate_command, generate.EXAMPLES)
     add("evaluate", evaluate.evaluate_command, evaluate.EXAMPLES)
     add("prune", prune.prune_command, prune.EXAMPLES)
+    add("upcycle", upcycle.upcycle_command, upcycle.EXAMPLES)
     add("unlearn", unlearn.unlearn_command, unlearn.EXAMPLES)
     add("systems", systems.systems_command, systems.SYSTEMS_EXAMPLES)
     benches = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)

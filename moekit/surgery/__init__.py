@@ -23,6 +23,7 @@ from moekit.surgery.pruning_factor import (
 from moekit.surgery.recorder import record, record_model
 from moekit.surgery.statistics import BlockStatistics, Needs
 from moekit.surgery.upcycle import upcycle
+from moekit.surgery.upcycle_dense import Upcycling, upcycle_dense
 from moekit.surgery.usage import ModuleUsage, module_usage
 from moekit.surgery.view import BlockView, block_views
 from moekit.surgery.weights import ExpertWeights, RouterWeights
@@ -45,6 +46,7 @@ __all__ = [
     "PrunedMoEForCausalLM",
     "RouterWeights",
     "Threshold",
+    "Upcycling",
     "add_null_experts",
     "attach_momentum",
     "block_views",
@@ -64,4 +66,5 @@ __all__ = [
     "thresholds",
     "train_new_modules",
     "upcycle",
+    "upcycle_dense",
 ]

@@ -1,0 +1,68 @@
+"""``moekit upcycle`` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import Moekit
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from moekit.data import train_tokenizer
+
+
+@pytest.fixture
+def llama(text: Path, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([text.read_text()], 280, tmp_path / "cache")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    folder = tmp_path / "llama"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def test_a_mixture_of_the_same_loss(moekit: Moekit, llama: Path, text: Path) -> None:
+    ended = moekit("upcycle", llama, "--experts=4", "--k=2", "--output=out")
+    assert ended.code == 0, ended.err
+    assert "MixtralForCausalLM" in ended.out
+    assert json.loads(Path("out/moekit_upcycle.json").read_text())["upcycling"]["experts"] == 4
+    losses = [
+        json.loads(moekit("evaluate", place, "--data", text, "--sequence-length=16", "--json").out)[
+            "text"
+        ]["loss"]
+        for place in (llama, "out")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert moekit("generate", "out", "--prompt=alpha", "--tokens=3").code == 0
+    assert not [path for path in Path().iterdir() if path.name.startswith(".out")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--k=9"], "k is 9"),
+        (["--layers=some"], "layers"),
+        (["--layers=last-half"], "every layer of Mixtral"),
+        (["--reinit=2"], "reinit is 2"),
+        (["--output=llama"], "llama is there already"),
+    ],
+)
+def test_mistakes(moekit: Moekit, llama: Path, arguments: list[str], words: str) -> None:
+    assert words in moekit("upcycle", llama, *arguments).sentence
+    assert not Path("moekit-upcycle").exists()
+
+
+def test_a_mixture_already(moekit: Moekit, llama: Path) -> None:
+    assert moekit("upcycle", llama, "--experts=2", "--output=out").code == 0
+    assert "MixtralForCausalLM cannot be upcycled" in moekit("upcycle", "out").sentence
