@@ -73,8 +73,6 @@ def methods(seed: int) -> dict[str, Method]:
         "hc-smoe": HCSMoE(),
         "dern": DERN(),
         "uncurl": Uncurl(),
-        "hc-smoe, router=average": HCSMoE(router="average"),
-        "dern, router=none": DERN(router="none"),
         "dern, router=probability": DERN(router="probability"),
         "uncurl, router=alias": Uncurl(router="alias"),
     }
@@ -86,7 +84,7 @@ class Extent:
 
     calibration: int = 128  # blocks
     blocks: int = 6  # of each domain
-    items: int = 8  # of each domain
+    items: int = 4  # of each domain
     tuning: int = 60  # steps
     task_blocks: int = 48
     seeds: tuple[int, ...] = SEEDS
