@@ -119,7 +119,7 @@ def _sum(rows_RX: Tensor, plan: Plan, *, weighted: bool) -> Tensor:
 def _sum_few(rows_RX: Tensor, place_R: Tensor, plan: Plan, weighted: bool) -> Tensor:
     """The same in three small operations, which cost less than to wake the threads of one."""
     dtype = torch.promote_types(rows_RX.dtype, torch.float32)
-    rows_NKX = rows_RX.index_select(0, place_R).view(*plan.weight_NK.shape, -1)
+    rows_NKX = rows_RX.index_select(0, place_R).unflatten(0, plan.weight_NK.shape)
     if weighted:
         rows_NKX = rows_NKX * plan.weight_NK[..., None].to(dtype)
     return rows_NKX.sum(1, dtype=dtype).to(rows_RX.dtype)
