@@ -23,7 +23,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from moekit.errors import SpecError
+from moekit.errors import CheckpointError, SpecError
 from moekit.spec import Spec
 from moekit.surgery.view import BlockView, block_views
 from moekit.surgery.weights import ExpertWeights, RouterWeights
@@ -83,6 +83,7 @@ def upcycle_dense(model: PreTrainedModel, spec: Upcycling) -> PreTrainedModel:
     Raises:
         SpecError: the architecture has no counterpart that computes the same, or the spec asks for
             what the counterpart cannot express.
+        CheckpointError: a weight is not finite; the message names it.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -99,6 +100,7 @@ def upcycle_dense(model: PreTrainedModel, spec: Upcycling) -> PreTrainedModel:
             f"{type(model).__name__} cannot be upcycled; wanted a dense model of "
             f"{', '.join(_FAMILIES)}"
         )
+    _require_finite(model)
     config = _FAMILIES[kind](model.config, spec)
     with torch.device("meta"):
         grown = _CAUSAL.from_config(config, dtype=model.dtype)
@@ -112,6 +114,14 @@ def upcycle_dense(model: PreTrainedModel, spec: Upcycling) -> PreTrainedModel:
     grown.generation_config = model.generation_config
     grown.eval()
     return grown
+
+
+def _require_finite(model: PreTrainedModel) -> None:
+    for name, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{name} of the dense model holds NaN or infinite values; start from a sound one"
+            )
 
 
 def _copy_dense(model: PreTrainedModel, grown: PreTrainedModel) -> None:

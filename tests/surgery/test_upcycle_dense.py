@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from moekit.errors import SpecError
+from moekit.errors import CheckpointError, SpecError
 from moekit.surgery import Upcycling, block_views, upcycle_dense
 
 SIZES = {
@@ -165,3 +165,11 @@ def test_models_that_have_no_counterpart() -> None:
         upcycle_dense(
             dense_of(Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=4)), spec
         )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
+    dense = dense_of(DENSE["llama"])
+    dense.model.layers[1].mlp.up_proj.weight.data[0, 0] = value
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        upcycle_dense(dense, Upcycling(experts=2, k=1))
