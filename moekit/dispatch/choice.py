@@ -13,13 +13,14 @@ from torch import Tensor
 from moekit.dispatch.backend import Backend
 from moekit.dispatch.few_rows import FEW, FewRows
 from moekit.dispatch.grouped import Grouped
+from moekit.dispatch.native_backend import Native
 from moekit.dispatch.plan import Plan
 from moekit.dispatch.streamed import Streamed
 from moekit.errors import SpecError
 from moekit.experts.experts import FeedForward
 from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
 
-BackendName = Literal["auto", "streamed", "few_rows", "grouped_mm", "triton", "loop"]
+BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "triton", "loop"]
 
 # Where on a CPU one backend overtakes another, measured: elements of an expert's first weight, and
 # the same times its rows, which is a third of its multiply-adds for gated experts.
@@ -67,7 +68,7 @@ class Choice:
             logger.info(line)
 
 
-_BY_NAME: dict[str, type[Backend]] = {kind.name: kind for kind in (Streamed, FewRows, Grouped)}
+_BY_NAME: dict[str, type[Backend]] = {kind.name: kind for kind in (Native, Streamed, FewRows, Grouped)}
 
 
 def _named(name: str, x_ND: Tensor) -> Backend:

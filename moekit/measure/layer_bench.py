@@ -22,7 +22,7 @@ from moekit.measure.scattermoe import scattermoe
 from moekit.routing import Routing
 
 BACKENDS = {
-    "cpu": ("streamed", "few_rows", "grouped_mm", "loop"),
+    "cpu": ("native", "streamed", "few_rows", "grouped_mm", "loop"),
     "cuda": ("triton", "grouped_mm", "loop"),
 }
 OURS = {"moekit": "auto"} | {

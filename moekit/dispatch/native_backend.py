@@ -1,0 +1,178 @@
+"""Kernels of our own for CPUs: weights are read once, in the order they have, for any number of
+rows."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moekit.dispatch.backend import Backend, Gradients, Wanted, slot_gradient
+from moekit.dispatch.grouped import per_expert
+from moekit.dispatch.native_library import Call, library
+from moekit.dispatch.plan import Plan
+from moekit.experts.activation import GatedSiLU
+from moekit.experts.experts import FeedForward
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Work, in multiply-adds, below which one thread is done before a second one is awake.
+ONE_THREAD = 2**20
+LARGE_PAGES = 2**23  # bytes of a gradient from which large pages are asked for
+
+
+class Native(Backend):
+    """The backend of ``Dropless(backend="native")``, for SwiGLU experts on CPUs."""
+
+    name: ClassVar[str] = "native"
+
+    @staticmethod
+    def takes(x_ND: Tensor, bank: FeedForward) -> bool:
+        """Whether the kernels are there, and for these tensors."""
+        weights = (bank.up_EJD, bank.down_EOH)
+        fits = x_ND.dtype in DTYPES and isinstance(bank.activation, GatedSiLU)
+        alike = all(t is None or t.dtype == x_ND.dtype for t in bank.tensors)
+        laid = all(weight.stride(2) == 1 for weight in weights)
+        return x_ND.device.type == "cpu" and fits and alike and laid and library() is not None
+
+    def forward(
+        self, x_ND: Tensor, plan: Plan, bank: FeedForward, keep: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        rows, inner, hidden = len(plan.assignment_R), bank.up_EJD.shape[1], bank.down_EOH.shape[2]
+        call = _Call(x_ND, plan, bank)
+        kept = [call.room("inner_RJ", rows, inner, dtype=x_ND.dtype)] if keep else []
+        call.room("outer_RH", rows, hidden, dtype=x_ND.dtype)
+        call.room("out_RO", rows, bank.out_width)
+        y_NO = call.room("y_NO", x_ND.shape[0], bank.out_width, dtype=x_ND.dtype)
+        call.run("forward")
+        return y_NO, kept
+
+    def backward(
+        self,
+        grad_NO: Tensor,
+        x_ND: Tensor,
+        plan: Plan,
+        bank: FeedForward,
+        inner: list[Tensor],
+        wanted: Wanted,
+    ) -> Gradients:
+        rows, width, hidden = len(plan.assignment_R), x_ND.shape[1], bank.down_EOH.shape[2]
+        call = _Call(x_ND, plan, bank)
+        call.give("inner_RJ", inner[0])
+        call.give_rows("grad_NO", "grad_ld", grad_NO)
+        grad_RO = call.room("grad_RO", rows, bank.out_width)
+        call.room("back_RH", rows, hidden)
+        call.room("scaled_RH", rows, hidden)
+        back_RJ = call.room("back_RJ", rows, 2 * hidden)
+        grad_R = call.room("grad_R", rows)
+        found = Gradients()
+        if wanted.x:
+            call.room("back_RD", rows, width)
+            grad_x_ND = call.room("grad_x_ND", *x_ND.shape, dtype=x_ND.dtype)
+            found = found._replace(x_ND=grad_x_ND)
+        if wanted.up:
+            call.room("rows_RD", rows, width)
+            found = found._replace(up_EJD=call.gradient("grad_up_EJD", bank.up_EJD))
+        if wanted.down:
+            found = found._replace(down_EOH=call.gradient("grad_down_EOH", bank.down_EOH))
+        call.run("backward")
+        return self._others(found, plan, bank, wanted, grad_RO, back_RJ, grad_R)
+
+    def _others(
+        self,
+        found: Gradients,
+        plan: Plan,
+        bank: FeedForward,
+        wanted: Wanted,
+        grad_RO: Tensor,
+        back_RJ: Tensor,
+        grad_R: Tensor,
+    ) -> Gradients:
+        """The gradients of combine weights and biases, from what the kernels left."""
+        groups, bias_EO = plan.groups, bank.down_bias_EO
+        if wanted.weight:
+            if bias_EO is not None:
+                grad_R = grad_R + torch.linalg.vecdot(grad_RO, groups.of_row(bias_EO.float()))
+            found = found._replace(weight_NK=slot_gradient(grad_R, plan))
+        if wanted.up_bias:
+            up_bias_EJ = per_expert(back_RJ, plan).to(bank.up_EJD.dtype)
+            found = found._replace(up_bias_EJ=up_bias_EJ)
+        if wanted.down_bias:
+            weight_R1 = plan.weight_NK.flatten()[plan.assignment_R].float()[:, None]
+            down_bias_EO = per_expert(grad_RO * weight_R1, plan).to(bank.down_EOH.dtype)
+            found = found._replace(down_bias_EO=down_bias_EO)
+        return found
+
+
+class _Call:
+    """A call of the kernels while it is put together; holds what it points to."""
+
+    def __init__(self, x_ND: Tensor, plan: Plan, bank: FeedForward) -> None:
+        tokens, slots = plan.weight_NK.shape
+        experts, inner, width = bank.up_EJD.shape
+        rows = len(plan.assignment_R)
+        work = rows * inner * (width + bank.out_width)
+        self.dtype = x_ND.dtype
+        self.fields = Call(
+            threads=1 if work < ONE_THREAD else torch.get_num_threads(),
+            tokens=tokens,
+            slots=slots,
+            rows=rows,
+            experts=experts,
+            width=width,
+            hidden=bank.down_EOH.shape[2],
+            out_width=bank.out_width,
+        )
+        self._held: list[Tensor] = []
+        self.give("count_E", plan.groups.count_E.contiguous())
+        self.give("assignment_R", plan.assignment_R.contiguous())
+        self.give("weight_NK", plan.weight_NK.float().contiguous())
+        self.give_rows("x_ND", "x_ld", x_ND)
+        for name, weight in (("up_EJD", bank.up_EJD), ("down_EOH", bank.down_EOH)):
+            self.give(name, weight)
+            stem = name.split("_")[0]
+            setattr(self.fields, f"{stem}_expert", weight.stride(0))
+            setattr(self.fields, f"{stem}_ld", weight.stride(1))
+        for name, bias in (("up_bias_EJ", bank.up_bias_EJ), ("down_bias_EO", bank.down_bias_EO)):
+            if bias is not None:
+                self.give(name, bias.contiguous())
+        scratch = torch.empty(tokens * slots + 2 * experts + 1, dtype=torch.int64)
+        self.give("place_NK", scratch)
+        self.give("start_E", scratch[tokens * slots :])
+        self.give("used_E", scratch[tokens * slots + experts + 1 :])
+
+    def give(self, name: str, tensor: Tensor) -> None:
+        """Set a field to where the tensor is."""
+        self._held.append(tensor)
+        setattr(self.fields, name, tensor.data_ptr())
+
+    def give_rows(self, name: str, stride: str, rows: Tensor) -> None:
+        """Set two fields to a matrix's data and the stride of its rows."""
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        self.give(name, rows)
+        setattr(self.fields, stride, rows.stride(0))
+
+    def room(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for a result or a stage on the way to it."""
+        tensor = torch.empty(shape, dtype=dtype)
+        self.give(name, tensor)
+        return tensor
+
+    def gradient(self, name: str, like: Tensor) -> Tensor:
+        """Memory for a weight's gradient, in large pages where it is worth it."""
+        tensor = self.room(name, *like.shape, dtype=like.dtype)
+        if tensor.nbytes >= LARGE_PAGES:
+            _kernels().moekit_large_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
+
+    def run(self, name: str) -> None:
+        """Run a pass."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        getattr(_kernels(), f"moekit_{name}_{dtype}")(ctypes.byref(self.fields))
+
+
+def _kernels() -> ctypes.CDLL:
+    found = library()
+    assert found is not None  # `Native.takes` has looked
+    return found
