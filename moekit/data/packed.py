@@ -16,8 +16,8 @@ import tokenizers
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from moekit.cache import cached, default_cache
 from moekit.data.blocks import PackedDataset, PackedDocument, token_dtype, write_split
-from moekit.data.cache import cached, default_cache
 from moekit.data.columns import Columns
 from moekit.data.fingerprint import digest_of, fingerprint_of
 from moekit.data.sources import Source, documents_of, open_source

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moekit.data.cache import cached
+from moekit.cache import cached
 from moekit.data.fingerprint import digest_of
 from moekit.errors import CheckpointError, DataError
 

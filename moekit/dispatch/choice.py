@@ -9,11 +9,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moekit.dispatch.backend import Backend
 from moekit.dispatch.few_rows import FEW, FewRows
 from moekit.dispatch.grouped import Grouped
 from moekit.dispatch.native_backend import Native
+from moekit.dispatch.native_library import library
 from moekit.dispatch.plan import Plan
 from moekit.dispatch.streamed import Streamed
 from moekit.errors import SpecError
@@ -22,11 +24,16 @@ from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
 
 BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "triton", "loop"]
 
-# Where on a CPU one backend overtakes another, measured: elements of an expert's first weight, and
-# the same times its rows, which is a third of its multiply-adds for gated experts.
+# Where on a CPU one backend overtakes another, measured. Our own kernels are ahead at any size in
+# float32, and in bfloat16 up to so many rows an expert.
+NATIVE_IN_HALF = 128
+# Elsewhere: elements of an expert's first weight, and the same times its rows, which is a third of
+# its multiply-adds for gated experts.
 SMALL_EXPERT = 2**16
 LITTLE_WORK = 2**21
 LITTLE_WORK_IN_HALF = 2**26
+
+_BY_NAME: dict[str, type[Backend]] = {kind.name: kind for kind in (Streamed, FewRows, Grouped)}
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +57,27 @@ class Choice:
     def backend(self, x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend | None:
         """The backend, or None where plain operations must serve.
 
-        Those serve the loop, which is the oracle; tracing and compiling; padded rows; and tensors
-        that are no plain ones (meta, fake, distributed).
+        Those serve the loop, which is the oracle; tracing and compiling; modes that look at every
+        operation, such as counters of FLOPs; padded rows; and tensors that are no plain ones (meta,
+        fake, distributed).
         """
-        if self.name == "loop" or torch.compiler.is_compiling():
+        if self.name == "loop" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return None
         if isinstance(plan.groups, PaddedGroups) or not _plain(x_ND, bank):
             return None
-        found = _fastest(x_ND, plan, bank) if self.name == "auto" else _named(self.name, x_ND)
+        found = self._find(x_ND, plan, bank)
         self._log(found, x_ND)
         return found
+
+    def _find(self, x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend:
+        match self.name:
+            case "auto":
+                return _fastest(x_ND, plan, bank)
+            case "native":
+                return _asked_native(x_ND, bank)
+            case "triton":
+                return _asked_triton(x_ND)
+        return _BY_NAME[self.name]()
 
     def _log(self, found: Backend, x_ND: Tensor) -> None:
         line = f"experts run through {found.name} ({x_ND.device.type}, {x_ND.dtype})"
@@ -68,12 +86,17 @@ class Choice:
             logger.info(line)
 
 
-_BY_NAME: dict[str, type[Backend]] = {kind.name: kind for kind in (Native, Streamed, FewRows, Grouped)}
+def _asked_native(x_ND: Tensor, bank: FeedForward) -> Backend:
+    """The kernels for CPUs, or one expert after another for what they do not take."""
+    if x_ND.device.type != "cpu" or library() is None:
+        raise SpecError(
+            f"backend='native' was asked for on {x_ND.device}; it needs a CPU, Linux and a C++ "
+            "compiler that is found as CXX, g++ or clang++; use backend='auto'"
+        )
+    return Native() if Native.takes(x_ND, bank) else Streamed()
 
 
-def _named(name: str, x_ND: Tensor) -> Backend:
-    if name != "triton":
-        return _BY_NAME[name]()
+def _asked_triton(x_ND: Tensor) -> Backend:
     found = _triton(x_ND)
     if found is None:
         raise SpecError(
@@ -117,6 +140,8 @@ def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend:
     rows = len(plan.assignment_R)
     rows_an_expert = rows / max(1, min(rows, experts))
     whole = x_ND.dtype in (torch.float32, torch.float64)
+    if (whole or rows_an_expert <= NATIVE_IN_HALF) and Native.takes(x_ND, bank):
+        return Native()
     if whole and rows_an_expert <= FEW and inner * width >= SMALL_EXPERT:
         return FewRows()
     little = LITTLE_WORK if whole else LITTLE_WORK_IN_HALF

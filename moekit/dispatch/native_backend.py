@@ -40,7 +40,7 @@ class Native(Backend):
         self, x_ND: Tensor, plan: Plan, bank: FeedForward, keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
         rows, inner, hidden = len(plan.assignment_R), bank.up_EJD.shape[1], bank.down_EOH.shape[2]
-        call = _Call(x_ND, plan, bank)
+        call = NativeCall(x_ND, plan, bank)
         kept = [call.room("inner_RJ", rows, inner, dtype=x_ND.dtype)] if keep else []
         call.room("outer_RH", rows, hidden, dtype=x_ND.dtype)
         call.room("out_RO", rows, bank.out_width)
@@ -58,7 +58,7 @@ class Native(Backend):
         wanted: Wanted,
     ) -> Gradients:
         rows, width, hidden = len(plan.assignment_R), x_ND.shape[1], bank.down_EOH.shape[2]
-        call = _Call(x_ND, plan, bank)
+        call = NativeCall(x_ND, plan, bank)
         call.give("inner_RJ", inner[0])
         call.give_rows("grad_NO", "grad_ld", grad_NO)
         grad_RO = call.room("grad_RO", rows, bank.out_width)
@@ -105,7 +105,7 @@ class Native(Backend):
         return found
 
 
-class _Call:
+class NativeCall:
     """A call of the kernels while it is put together; holds what it points to."""
 
     def __init__(self, x_ND: Tensor, plan: Plan, bank: FeedForward) -> None:
@@ -160,7 +160,7 @@ class _Call:
         return tensor
 
     def gradient(self, name: str, like: Tensor) -> Tensor:
-        """Memory for a weight's gradient, in large pages where it is worth it."""
+        """Memory for a weight's gradient, in large pages: it is new at every step."""
         tensor = self.room(name, *like.shape, dtype=like.dtype)
         if tensor.nbytes >= LARGE_PAGES:
             _kernels().moekit_large_pages(tensor.data_ptr(), tensor.nbytes)

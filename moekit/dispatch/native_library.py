@@ -6,8 +6,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
-import secrets
 import shutil
 import subprocess
 import sys
@@ -15,11 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moekit.cache import cached, default_cache
+from moekit.errors import OutputError
+
 SOURCE = Path(__file__).with_name("native_kernels.cpp")
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
     *("-fno-math-errno", "-ffp-contract=fast", "-w"),
 )
+NAME = "kernels.so"
 PATIENCE = 120.0  # seconds; it takes 3 to 10
 
 logger = logging.getLogger(__name__)
@@ -52,23 +54,22 @@ class Call(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had; the log then says why.
 
-    torch must be imported before, since the kernels run on the OpenMP threads that it brings.
+    They run on the OpenMP threads that torch brings along, and are not linked with others.
     """
     compiler = _compiler()
     if compiler is None:
-        logger.info("no C++ compiler here: experts run without kernels of our own")
+        logger.info("experts run without kernels of our own: these need Linux and a C++ compiler")
         return None
     try:
-        path = _compiled(compiler)
-        return _opened(path)
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        return _opened(_compiled(compiler))
+    except (OSError, OutputError, subprocess.SubprocessError, AttributeError) as error:
         said = getattr(error, "stderr", None) or error
         logger.warning("experts run without kernels of our own, which do not compile: %s", said)
         return None
 
 
 def _compiler() -> str | None:
-    if sys.platform == "win32":
+    if sys.platform != "linux":
         return None
     asked = os.environ.get("CXX")
     return next(filter(None, map(shutil.which, filter(None, (asked, "g++", "clang++")))), None)
@@ -76,24 +77,13 @@ def _compiler() -> str | None:
 
 def _compiled(compiler: str) -> Path:
     """Where the library is, made now if it is not there."""
-    path = _cache() / f"kernels-{_key(compiler)}.so"
-    if not path.exists():
-        logger.info("compiling kernels for this CPU into %s", path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            # Not linked with an OpenMP of its own: there would be two sets of threads.
-            command = [compiler, *FLAGS, "-nostdlib", str(SOURCE), "-o", str(scratch)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
-    return path
 
+    def build(folder: Path) -> None:
+        logger.info("compiling kernels for this CPU")
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(folder / NAME)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
 
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "moekit"
+    return cached(default_cache() / "kernels" / _key(compiler), build) / NAME
 
 
 def _key(compiler: str) -> str:
@@ -104,10 +94,7 @@ def _key(compiler: str) -> str:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     wanted = ("flags", "Features", "model name", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moekit.dispatch import few_rows, streamed
+from moekit.dispatch.native_backend import NativeCall
 from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
 
 
@@ -51,6 +52,13 @@ def products(monkeypatch: pytest.MonkeyPatch) -> ProductCounter:
 
     for module in (few_rows, streamed):
         monkeypatch.setattr(module, "product", product)
+    run = NativeCall.run
+
+    def run_native(self: NativeCall, name: str) -> None:
+        counter.rows.append(self.fields.rows)
+        run(self, name)
+
+    monkeypatch.setattr(NativeCall, "run", run_native)
     if find_spec("triton") is not None:
         _watch_launches(counter, monkeypatch)
     return counter

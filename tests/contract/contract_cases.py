@@ -162,6 +162,7 @@ DISPATCHES: dict[str, tuple[DispatchSpec, ...]] = {
     "Dropless": (
         Dropless(),
         Dropless(backend="loop"),
+        Dropless(backend="native"),
         Dropless(backend="grouped_mm"),
         Dropless(backend="streamed"),
         Dropless(backend="few_rows"),

@@ -124,7 +124,7 @@ def test_flops_equal_the_formula(spec: MoESpec, ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("backend", ["loop", "grouped_mm", "streamed", "few_rows"])
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm", "streamed", "few_rows", "native"])
 def test_every_backend_counts_the_same(attention: str, backend: str, ids: Tensor) -> None:
     model = model_of(VANILLA.replace(dispatch=Dropless(backend)))
     model.set_attn_implementation(attention)

@@ -30,7 +30,7 @@ from moekit.surgery import register_experts
 
 NAMES = decorated()
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-BACKENDS = ("auto", "streamed", "few_rows", "grouped_mm", "triton", "loop")
+BACKENDS = ("auto", "native", "streamed", "few_rows", "grouped_mm", "triton", "loop")
 # These cast to float32 somewhere, whatever the dtype of their weights.
 IN_FLOAT32 = (
     "inkling2:Inkling2Experts",
@@ -254,14 +254,14 @@ def test_a_checkpoint_opens_with_it_and_keeps_no_trace(tmp_path: Path) -> None:
 
 
 def test_it_is_chosen_by_size_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    module = build("mixtral:MixtralExperts", 4, 8, 16, torch.float32)
+    module = build("mixtral:MixtralExperts", 4, 8, 16, torch.float64)
     module.config._experts_implementation = "moekit"
     expert_NK, weight_NK = routing(6, 5, 2)
-    with caplog.at_level(logging.INFO, logger="moekit"):
+    with caplog.at_level(logging.INFO, logger="moekit.dispatch.choice"):
         for _ in range(3):
-            module(torch.randn(6, 8), expert_NK, weight_NK.float())
+            module(torch.randn(6, 8).double(), expert_NK, weight_NK)
     assert [r.getMessage() for r in caplog.records] == [
-        "experts run through grouped_mm (cpu, torch.float32)"
+        "experts run through grouped_mm (cpu, torch.float64)"
     ]
 
 
@@ -272,5 +272,5 @@ def test_names_of_transformers_are_refused(name: str) -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(SpecError, match="wanted one of auto, streamed"):
+    with pytest.raises(SpecError, match="wanted one of auto, native"):
         register_experts("mine", "cutlass")  # type: ignore[arg-type]

@@ -1,0 +1,183 @@
+"""The kernels for CPUs against plain operations in float64, and what happens without them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from feed_forward_problems import PLAIN, PROBLEMS, Problem, compare, results
+from torch import Tensor
+
+from moekit.dispatch import native_library
+from moekit.dispatch.choice import NATIVE_IN_HALF, Choice
+from moekit.dispatch.fused import feed_forward
+from moekit.dispatch.native_backend import Native
+from moekit.dispatch.native_library import library
+from moekit.errors import SpecError
+
+needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler here")
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TAKEN = {
+    name: problem for name, problem in PROBLEMS.items() if problem.gated and not problem.transposed
+}
+LARGER = {
+    "every size of a block": Problem(tokens=200, experts=17, k=5, width=70, hidden=53, bias=True),
+    "many rows an expert": Problem(tokens=700, experts=3, k=2, width=130, hidden=100, seed=1),
+    "widths of whole vectors": Problem(tokens=300, experts=8, k=2, width=256, hidden=128, seed=2),
+    "one wide row an expert": Problem(tokens=4, experts=16, k=1, width=1030, hidden=520, seed=3),
+}
+EVERY_DTYPE = pytest.mark.parametrize(
+    "dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Forget the library that is loaded, before and after."""
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
+def backend_of(name: str, problem: Problem, dtype: torch.dtype = torch.float32) -> str:
+    x_ND, weight_NK, bank = problem.inputs(dtype, "cpu")
+    plan = problem.plan(problem.experts_NK(), weight_NK)
+    found = Choice(name).backend(x_ND, plan, bank)  # type: ignore[arg-type]
+    assert found is not None
+    return found.name
+
+
+@needs_kernels
+@EVERY_DTYPE
+@pytest.mark.parametrize("problem", [*TAKEN.values(), *LARGER.values()], ids=[*TAKEN, *LARGER])
+def test_results(problem: Problem, dtype: torch.dtype) -> None:
+    compare(problem, dtype, "cpu", Native(), TOLERANCE[dtype])
+
+
+@needs_kernels
+@EVERY_DTYPE
+def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    problem, threads = LARGER["many rows an expert"], torch.get_num_threads()
+    found: list[list[Tensor]] = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(results(problem, dtype, "cpu", Native()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@needs_kernels
+def test_infinite_and_missing_numbers_pass_through() -> None:
+    x_ND, weight_NK, bank = PLAIN.inputs(torch.float32, "cpu")
+    plan = PLAIN.plan(PLAIN.experts_NK(), weight_NK)
+    x_ND[3] = torch.nan
+    y_NO, _ = Native().forward(x_ND, plan, bank, keep=False)
+    assert y_NO[3].isnan().all()
+    assert y_NO[torch.arange(len(y_NO)) != 3].isfinite().all()
+    x_ND[3] = 1e38
+    y_NO, _ = Native().forward(x_ND, plan, bank, keep=False)
+    assert not y_NO[3].isfinite().any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1e-6, 1.0, 30.0, 200.0])
+def test_the_activation_over_its_whole_range(size: float) -> None:
+    """Through an expert that is the identity: silu(x) x."""
+    x_ND = torch.linspace(-size, size, 333)[:, None]
+    problem = Problem(tokens=333, experts=1, k=1, width=1, hidden=1)
+    _, weight_NK, bank = problem.inputs(torch.float32, "cpu")
+    one = replace(bank, up_EJD=torch.ones(1, 2, 1), down_EOH=torch.ones(1, 1, 1))
+    plan = problem.plan(problem.experts_NK(), torch.ones_like(weight_NK))
+    y_NO, _ = Native().forward(x_ND, plan, one, keep=False)
+    exact = torch.nn.functional.silu(x_ND.double()) * x_ND.double()
+    torch.testing.assert_close(y_NO.double(), exact, rtol=1e-6, atol=1e-30)
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", ["apart", "expanded"])
+def test_gradients_and_tokens_in_any_layout(layout: str) -> None:
+    x_ND, weight_NK, bank = PLAIN.inputs(torch.float32, "cpu")
+    apart_ND = x_ND.T.contiguous().T.requires_grad_()
+    cotangent = x_ND.flip(0).T.contiguous().T if layout == "apart" else x_ND[:1].expand_as(x_ND)
+    expert_NK = PLAIN.experts_NK()
+    found = []
+    for backend in (Native(), None):
+        y_NO = feed_forward(apart_ND, PLAIN.plan(expert_NK, weight_NK), bank, backend)
+        found.append(torch.autograd.grad(y_NO, apart_ND, cotangent)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+def test_weights_that_are_slices_of_larger_ones() -> None:
+    x_ND, weight_NK, bank = PLAIN.inputs(torch.float32, "cpu")
+    plan = PLAIN.plan(PLAIN.experts_NK(), weight_NK)
+    wanted, _ = Native().forward(x_ND, plan, bank, keep=False)
+    padded = [torch.nn.functional.pad(t, (0, 3, 0, 2)) for t in (bank.up_EJD, bank.down_EOH)]
+    up, down = padded[0][:, :-2, :-3], padded[1][:, :-2, :-3]
+    given, _ = Native().forward(x_ND, plan, replace(bank, up_EJD=up, down_EOH=down), keep=False)
+    assert torch.equal(given, wanted)
+
+
+@needs_kernels
+def test_what_is_chosen() -> None:
+    many = NATIVE_IN_HALF * 5
+    crowd = Problem(tokens=many, experts=2, k=1)
+    assert backend_of("auto", PLAIN) == "native"
+    assert backend_of("auto", crowd) == "native"
+    assert backend_of("auto", PLAIN, torch.bfloat16) == "native"
+    assert backend_of("auto", crowd, torch.bfloat16) != "native"
+    assert backend_of("auto", PLAIN, torch.float64) != "native"
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", [{"gated": False}, {"transposed": True}])
+def test_what_the_kernels_do_not_take_runs_another_way(change: dict[str, bool]) -> None:
+    assert backend_of("native", replace(PLAIN, **change)) == "streamed"
+    assert backend_of("native", PLAIN, torch.float64) == "streamed"
+    assert backend_of("native", PLAIN, torch.float16) == "streamed"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_compiler_others_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_library, "_compiler", lambda: None)
+    assert backend_of("auto", PLAIN) == "grouped_mm"
+    with pytest.raises(SpecError, match=r"native.*compiler.*auto"):
+        backend_of("native", PLAIN)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_compiler_that_fails_is_reported_and_others_serve(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\ntest $1 = --version || { echo no such flag >&2; exit 1; }\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("MOEKIT_CACHE", str(tmp_path / "cache"))
+    assert backend_of("auto", PLAIN) == "grouped_mm"
+    assert "no such flag" in caplog.text
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("fresh")
+def test_the_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOEKIT_CACHE", str(tmp_path))
+    assert library() is not None
+    library.cache_clear()
+    ran, run = [], subprocess.run
+
+    def watch(command: list[str], *given: object, **named: object) -> object:
+        ran.append(command)
+        return run(command, *given, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "run", watch)
+    assert library() is not None
+    assert [command[1:] for command in ran] == [["--version"]]
