@@ -18,7 +18,7 @@ from typing import Any
 
 from moekit.compare.machine import machine
 from moekit.compare.record import write_json, write_text
-from moekit.systems.meo_cost import EXPERTS, WAYS, Cost, Sizes, costs, slope
+from moekit.measure.merged_bench import EXPERTS, WAYS, Cost, Sizes, costs, slope
 
 KS = tuple(range(1, EXPERTS + 1))
 

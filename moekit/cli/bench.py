@@ -19,6 +19,7 @@ from moekit.compare.record import write_json
 from moekit.errors import SpecError
 from moekit.measure.layer_bench import OURS, LayerBench, LayerShape, LayerTiming, grid
 from moekit.measure.layer_bench_report import report, results
+from moekit.measure.merged_bench import Sizes, costs
 from moekit.measure.roofline import Limits
 from moekit.measure.zero_computation_bench import time_zero_computation
 
@@ -26,6 +27,8 @@ EXAMPLES = """\
   moekit bench layer --quick
   moekit bench layer --tokens 16,2048 --experts 64 --k 8 --dtypes bfloat16
 """
+# MEO's rows, on a CPU.
+MERGED = {True: Sizes(128, 256, 4, 128), False: Sizes(512, 1024, 8, 128)}
 MODES = {"forward": (False,), "training": (True,), "both": (False, True)}
 
 
@@ -77,12 +80,12 @@ def layer_command(
         timings.append(timing)
         console.print(_line(timing), highlight=False, markup=False)
         # Shape by shape, so that an interrupted run keeps what it measured.
-        write_json(output / "layer.json", results(timings, limits, [], machine(str(where))))
-    tokens_of_zero = 512 if quick else 2048
-    zero = time_zero_computation(where, tokens=tokens_of_zero, repeats=repeats, seed=seed)
-    found = results(timings, limits, zero, machine(str(where)))
+        write_json(output / "layer.json", results(timings, limits, [], [], machine(str(where))))
+    zero = time_zero_computation(where, tokens=512 if quick else 2048, repeats=repeats, seed=seed)
+    merged = [] if where.type != "cpu" else costs(MERGED[quick], (1, 2, 4, 8), repeats)
+    found = results(timings, limits, zero, merged, machine(str(where)))
     write_json(output / "layer.json", found)
-    page = report(timings, limits, zero, machine(str(where)), "moekit bench layer")
+    page = report(timings, limits, zero, merged, machine(str(where)), "moekit bench layer")
     page.write(output / "report.html")
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))

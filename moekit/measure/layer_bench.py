@@ -308,12 +308,13 @@ OLMOE = LayerShape(0, 64, 8, 2048, 1024)
 QWEN3 = LayerShape(0, 128, 8, 2048, 768)
 MIXTRAL = LayerShape(0, 8, 2, 4096, 14336)
 DECODE, PREFILL = (1, 4, 16, 64), (512, 2048, 8192)
+LONG = (512, 2048, 4096, 8192)
 
 Layers = tuple[tuple[LayerShape, tuple[int, ...]], ...]
 QUICK: Layers = ((SMALL, (1, 16, 512)), (MIDDLE, (1, 16, 512)))
 ON_CPU: Layers = (
-    (SMALL, DECODE + PREFILL),
-    (MIDDLE, DECODE + PREFILL),
+    (SMALL, DECODE + LONG),
+    (MIDDLE, DECODE + LONG),
     (OLMOE, (*DECODE, 512)),
     (QWEN3, (*DECODE, 512)),
 )

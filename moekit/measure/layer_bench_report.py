@@ -15,6 +15,7 @@ from moekit.measure.layer_bench import (
     THEIRS,
     LayerTiming,
 )
+from moekit.measure.merged_bench import EXPERTS, Cost
 from moekit.measure.report import Block, Cell, Column, Facts, Plot, Report, Section, Table, Text
 from moekit.measure.report.speed import speed_ratios
 from moekit.measure.roofline import Limits
@@ -27,6 +28,7 @@ def results(
     timings: Sequence[LayerTiming],
     limits: Mapping[str, Limits],
     zero: Sequence[ZeroComputationTiming],
+    merged: Sequence[Cost],
     machine: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that was measured, as JSON values."""
@@ -42,6 +44,7 @@ def results(
         },
         "timings": [timing.to_dict() for timing in timings],
         "zero_computation": [timing.to_dict() for timing in zero],
+        "merged": [cost.to_dict() for cost in merged],
     }
 
 
@@ -56,6 +59,7 @@ def report(
     timings: Sequence[LayerTiming],
     limits: Mapping[str, Limits],
     zero: Sequence[ZeroComputationTiming],
+    merged: Sequence[Cost],
     machine: Mapping[str, Any],
     command: str,
 ) -> Report:
@@ -67,6 +71,8 @@ def report(
             sections.append(Section(heading, _mode(some, training)))
     if zero:
         sections.append(Section("Zero-computation experts", [_zero(zero)]))
+    if merged:
+        sections.append(Section("Merged experts", [_merged(merged)]))
     return Report("Speed of the MoE layer", sections, _lead(timings), f"Made by: {command}")
 
 
@@ -187,3 +193,29 @@ def _zero(timings: Sequence[ZeroComputationTiming]) -> Table:
         for t in timings
     ]
     return Table(columns, rows, "Expert phase at the loads that MoE++'s τ aims at")
+
+
+def _merged(costs: Sequence[Cost]) -> Table:
+    run = {cost.k: cost for cost in costs if cost.way == "run"}
+    columns = [
+        Column(f"k of {EXPERTS}"),
+        Column("way"),
+        Column("operations", "MFLOP a token", ".3f"),
+        Column("forward", "ms", ".3g", best="low"),
+        Column("forward and backward", "ms", ".3g", best="low"),
+        Column("forward speed", "times running k", ".2f"),
+        Column("training speed", "times running k", ".2f"),
+    ]
+    rows: list[list[Cell]] = [
+        [
+            cost.k,
+            cost.way,
+            cost.mflops_per_token,
+            cost.forward_ms,
+            cost.training_ms,
+            run[cost.k].forward_ms / cost.forward_ms,
+            run[cost.k].training_ms / cost.training_ms,
+        ]
+        for cost in costs
+    ]
+    return Table(columns, rows, "Experts that are merged for a sequence (MEO), or run")

@@ -28,12 +28,14 @@ class Limits:
     def measure(cls, device: torch.device, dtype: torch.dtype, size: int | None = None) -> Limits:
         """Best of several large products, and of several passes over memory.
 
+        What is read is larger than any cache; weights that stay in one are read faster.
+
         Args:
             size: side of the product; by default 1024 on a CPU and 8192 elsewhere.
         """
         size = size or (1024 if device.type == "cpu" else 8192)
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        block = torch.ones(16 * size * size, device=device)
+        block = torch.ones(max(2**27, 16 * size * size), device=device)
         product = min(seconds(lambda: a @ b, device) for _ in range(10))
         reading = min(seconds(lambda: block.sum(), device) for _ in range(10))
         return cls(2 * size**3 / product, block.numel() * block.element_size() / reading)

@@ -15,9 +15,9 @@ from typing import Any
 
 from moekit.compare.record import write_json
 from moekit.compare.summary import Spread
+from moekit.measure.merged_bench import EXPERTS, Cost, Sizes, costs, slope
 from moekit.systems.digits import load_digits
 from moekit.systems.experiment import Finding, Laboratory, Reproduction, judged
-from moekit.systems.meo_cost import EXPERTS, Cost, Sizes, costs, slope
 from moekit.systems.meo_encoder import ARMS, Outcome, built, curve, trained
 from moekit.training import SilentProgress
 

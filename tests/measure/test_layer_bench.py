@@ -20,6 +20,7 @@ from moekit.measure.layer_bench import (
     LayerShape,
 )
 from moekit.measure.layer_bench_report import geometric_mean, report, results
+from moekit.measure.merged_bench import Sizes, costs
 from moekit.measure.zero_computation_bench import VANILLA, time_zero_computation
 
 CPU = torch.device("cpu")
@@ -120,13 +121,14 @@ def test_results_and_page(tmp_path: Path) -> None:
     bench = LayerBench(SHAPE, CPU)
     timings = [bench.time(LIMITS, training, repeats=1) for training in (False, True)]
     zero = time_zero_computation(CPU, width=8, hidden=8, tokens=16, taus=(1.0,), repeats=1)
-    found = results(timings, {"float32": LIMITS}, zero, {"device": "a machine"})
+    merged = costs(Sizes(8, 8, 2, 4), (1, 2), repeats=1)
+    found = results(timings, {"float32": LIMITS}, zero, merged, {"device": "a machine"})
     again = json.loads(json.dumps(found))
     assert again["timings"][0]["shape"]["tokens"] == 12
     assert again["geometric_mean_ratio"]["forward"] == pytest.approx(timings[0].ratio)
-    page = report(timings, {"float32": LIMITS}, zero, {"device": "a machine"}, "moekit bench layer")
+    page = report(timings, {"float32": LIMITS}, zero, merged, {"device": "a machine"}, "a command")
     html = page.write(tmp_path / "report.html").read_text("utf-8")
-    for text in ("a machine", "transformers grouped_mm", "MoE++ 8+4", "KiB a token", "<svg"):
+    for text in ("a machine", "transformers grouped_mm", "MoE++ 8+4", "times running k", "<svg"):
         assert text in html
     assert "geometric mean of 1 shapes" in page.lead
 

@@ -11,10 +11,10 @@ import torch
 from test_experiments import Nobody
 
 from moekit import Merged, MoESpec, PerChunk, PerTask, TokenAttention
+from moekit.measure.merged_bench import Cost, Sizes, costs, slope
 from moekit.systems import Laboratory, Shape, find, meo_encoder, meo_experiment
 from moekit.systems.digits import Digits, load_digits
 from moekit.systems.meo import meo, meo_chunk
-from moekit.systems.meo_cost import Cost, Sizes, costs, slope
 from moekit.systems.meo_encoder import ARMS, Projection, built, curve, trained
 from moekit.systems.meo_experiment import KS, Budget
 from moekit.training import SilentProgress

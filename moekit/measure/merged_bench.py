@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,6 +58,10 @@ class Cost:
     forward_ms: float
     training_ms: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
 
 WAYS: Mapping[str, DispatchSpec] = {
     "run": Dropless(),
@@ -68,7 +73,7 @@ WAYS: Mapping[str, DispatchSpec] = {
 def costs(
     sizes: Sizes, ks: Sequence[int], repeats: int, ways: Sequence[str] = ("run", "merged")
 ) -> list[Cost]:
-    """Every way with every k on the same rows and weights, taking turns.
+    """Every way with every k on the same rows and weights, taking turns in random order.
 
     Each sequence is routed by its mean, so that both ways use the same experts with the same
     weights; they differ in what is done with them.
@@ -77,9 +82,11 @@ def costs(
     x_ND, signals = _rows(sizes)
     phases = {name: Phase(layer, x_ND, signals) for name, layer in layers.items()}
     times: dict[tuple[str, int], list[tuple[float, float]]] = {name: [] for name in layers}
+    order, shuffled = list(phases), random.Random(0)
     for repeat in range(repeats + WARM_UP):
-        for name, phase in phases.items():
-            seconds = phase.timed()
+        shuffled.shuffle(order)
+        for name in order:
+            seconds = phases[name].timed()
             if repeat >= WARM_UP:
                 times[name].append(seconds)
     return [_cost(*name, phase, times[name]) for name, phase in phases.items()]
