@@ -19,6 +19,7 @@ from moekit.experts.experts import FeedForward
 DTYPES = (torch.float32, torch.bfloat16)
 # Work, in multiply-adds, below which one thread is done before a second one is awake.
 ONE_THREAD = 2**20
+ONE_THREAD_WRITES = 2**18  # bytes of a gradient, likewise
 LARGE_PAGES = 2**23  # bytes of a gradient from which large pages are asked for
 
 
@@ -162,6 +163,8 @@ class NativeCall:
     def gradient(self, name: str, like: Tensor) -> Tensor:
         """Memory for a weight's gradient, in large pages: it is new at every step."""
         tensor = self.room(name, *like.shape, dtype=like.dtype)
+        if tensor.nbytes >= ONE_THREAD_WRITES:
+            self.fields.threads = torch.get_num_threads()
         if tensor.nbytes >= LARGE_PAGES:
             _kernels().moekit_large_pages(tensor.data_ptr(), tensor.nbytes)
         return tensor
