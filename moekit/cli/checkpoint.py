@@ -13,13 +13,31 @@ from moekit.compare.run import first_line
 from moekit.errors import CheckpointError
 from moekit.measure import inspect_checkpoint
 from moekit.measure.inspect import read_config
+from moekit.surgery.adapt import is_adapter, load_adapter
+from moekit.surgery.adapt.files import adapter_settings
 
 
 def load_model(checkpoint: str) -> PreTrainedModel:
     """A causal language model, moekit's or any of transformers, without running its code.
 
+    A folder that ``moekit adapt`` wrote gives its model with the adapter on it.
+
     Raises:
         CheckpointError: there is none, or it is damaged or incomplete.
+    """
+    if not is_adapter(checkpoint):
+        return load_base(checkpoint)
+    _, base = adapter_settings(checkpoint)
+    model = load_adapter(load_base(base), checkpoint)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def load_base(checkpoint: str) -> PreTrainedModel:
+    """The same of a checkpoint alone.
+
+    Raises:
+        CheckpointError: as :func:`load_model`.
     """
     inspect_checkpoint(checkpoint)  # a damaged file is named before anything is loaded
     folder = Path(checkpoint).expanduser()

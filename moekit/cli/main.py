@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import moekit
 from moekit.cli import (
+    adapt,
     bench,
     compare,
     evaluate,
@@ -40,7 +41,7 @@ def build() -> typer.Typer:
     """The command with all its subcommands."""
     app = typer.Typer(
         name="moekit",
-        help="Sparse mixture-of-experts models: compare designs, train, inspect, prune, unlearn.",
+        help="Sparse mixture-of-experts models: compare designs, train, inspect, prune, unlearn, adapt.",
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="rich",
@@ -53,7 +54,7 @@ def build() -> typer.Typer:
             bool, typer.Option("--version", callback=_version, is_eager=True, help="Version.")
         ] = False,
     ) -> None:
-        """Sparse mixture-of-experts models: compare designs, train, inspect, prune, unlearn."""
+        """Sparse mixture-of-experts models: compare designs, train, inspect, prune, unlearn, adapt."""
 
     def add(
         name: str, command: Callable[..., None], examples: str, under: typer.Typer = app
@@ -68,6 +69,8 @@ def build() -> typer.Typer:
     add("prune", prune.prune_command, prune.EXAMPLES)
     add("upcycle", upcycle.upcycle_command, upcycle.EXAMPLES)
     add("unlearn", unlearn.unlearn_command, unlearn.EXAMPLES)
+    add("adapt", adapt.adapt_command, adapt.EXAMPLES)
+    add("merge-adapter", adapt.merge_command, adapt.MERGE_EXAMPLES)
     add("systems", systems.systems_command, systems.SYSTEMS_EXAMPLES)
     benches = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
     app.add_typer(benches, name="bench")

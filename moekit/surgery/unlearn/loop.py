@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 from moekit.errors import DataError, DivergedError, SpecError
 from moekit.measure.observe import TokenBlocks
+from moekit.surgery.run_store import RunStore, optimiser_tensors, restore
 from moekit.surgery.unlearn.algorithms import Objective, Start
 from moekit.surgery.unlearn.anchor import RouterAnchorLoss
 from moekit.surgery.unlearn.batch import Batch, batch_of
 from moekit.surgery.unlearn.measure import Reading, read
 from moekit.surgery.unlearn.run import Runner
 from moekit.surgery.unlearn.spec import UnlearnSpec
-from moekit.surgery.unlearn.store import RunStore, optimiser_tensors, restore
 from moekit.surgery.unlearn.targets import Choice
 from moekit.surgery.unlearn.trained import Trained
 from moekit.surgery.view import block_views

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moekit.data.fingerprint import digest_of, fingerprint_of
 from moekit.errors import CheckpointError, OutputError
 from moekit.surgery.checkpoint import Checkpoint, local_folder
+from moekit.surgery.run_store import RunStore
 from moekit.surgery.unlearn.attribution import attribute_experts
 from moekit.surgery.unlearn.loop import Look, Loop, Outcome, Texts, drawn_tokens, require_texts
 from moekit.surgery.unlearn.spec import UnlearnSpec
-from moekit.surgery.unlearn.store import RunStore
 from moekit.surgery.unlearn.targets import Choice, choice_of
 from moekit.surgery.unlearn.trained import Trained
 from moekit.surgery.unlearn.write import write_unlearned

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moekit.errors import OutputError
 
-_FILE = "unlearning.safetensors"
+_FILE = "run.safetensors"
 
 
 class RunStore:
@@ -29,12 +29,12 @@ class RunStore:
         self.folder = folder
 
     @classmethod
-    def of(cls, work: Path | None, digest: str) -> RunStore:
-        """The store of one run; what the folder holds of another one is deleted."""
+    def of(cls, work: Path | None, digest: str, kind: str = "unlearning") -> RunStore:
+        """The store of one run; what the folder holds of another one of its kind is deleted."""
         if work is None:
             return cls(None)
-        folder = work / f"unlearning-{digest[:16]}"
-        for other in work.glob("unlearning-*"):
+        folder = work / f"{kind}-{digest[:16]}"
+        for other in work.glob(f"{kind}-*"):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
         return cls(folder)

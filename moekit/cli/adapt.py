@@ -1,0 +1,200 @@
+"""``moekit adapt`` and ``moekit merge-adapter``."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from moekit.cli import options as opt
+from moekit.cli.checkpoint import load_base
+from moekit.cli.progress import StudyBars
+from moekit.data import load_tokenizer, prepare
+from moekit.errors import OutputError, SpecError
+from moekit.surgery.adapt import (
+    AdaptSpec,
+    FitReport,
+    FitSpec,
+    fit_adapter,
+    install_adapter,
+    is_adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
+from moekit.surgery.adapt.files import adapter_settings
+from moekit.training import RichProgress, SilentProgress
+
+EXAMPLES = """\
+  moekit adapt my/llama --data my/texts --output runs/adapter
+  moekit adapt my/qwen --data notes.jsonl --experts 4 --rank 16 --steps 1000
+  moekit adapt my/olmoe --data my/texts --rank 8 --no-attention
+  moekit evaluate runs/adapter --data my/texts
+"""
+MERGE_EXAMPLES = """\
+  moekit merge-adapter runs/adapter --output runs/merged
+  moekit merge-adapter runs/mixture --expert 0 --output runs/first
+"""
+
+
+def adapt_command(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder or hub name of a causal language model of transformers.")
+    ],
+    data: opt.Data,
+    experts: Annotated[
+        int, typer.Option(help="LoRA experts of each dense feed-forward part; 1 is plain LoRA.")
+    ] = 3,
+    k: Annotated[int, typer.Option("--k", help="LoRA experts a token.")] = 1,
+    rank: Annotated[int, typer.Option(help="Rank of every LoRA pair.")] = 32,
+    alpha: Annotated[float, typer.Option(help="An update is scaled by alpha / rank.")] = 64.0,
+    dropout: Annotated[float, typer.Option(help="Dropout before every LoRA pair.")] = 0.05,
+    combine: Annotated[
+        str,
+        typer.Option(
+            help="How a token's experts are combined: sparse_ste, hard, gate, ste or soft."
+        ),
+    ] = "sparse_ste",
+    balance: Annotated[float, typer.Option(help="Weight of the balance loss.")] = 0.01,
+    pooled: Annotated[
+        bool, typer.Option("--pooled", help="Balance all layers together, as the official code.")
+    ] = False,
+    attention: Annotated[
+        bool, typer.Option(help="Adapt attention too, by plain LoRA (needs peft).")
+    ] = True,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 200,
+    check_every: Annotated[
+        int, typer.Option(help="Steps from one look at the held-out text to the next.")
+    ] = 50,
+    learning_rate: opt.LearningRate = 2e-4,
+    batch_size: Annotated[int, typer.Option(help="Sequences that run together.")] = 4,
+    accumulate: opt.Accumulate = 4,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    text_column: opt.TextColumn = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub name of a tokenizer. Default: the checkpoint's."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("moekit-adapter"),
+    seed: opt.Seed = 0,
+    device: opt.Device = "auto",
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Train a mixture of LoRA experts on a model's feed-forward parts, and LoRA on attention.
+
+    Each dense feed-forward part gets LoRA experts and a router that sends every token to the best
+    of them (LLaVA-MoLE). A part that is a mixture of experts already gets LoRA on each of its own
+    experts. The model's weights are only read; the adapter is a small folder that the other
+    commands take in the place of a checkpoint.
+
+    A twentieth of the text is held out. An interrupted run goes on when the command is run again.
+    """
+    where = opt.device_of(device)
+    spec = AdaptSpec(
+        experts=experts,
+        k=k,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        combine=combine,  # type: ignore[arg-type]  # the spec looks
+        balance=balance,
+        pooled=pooled,
+        attention=attention,
+    )
+    fit = FitSpec(
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        check_every=check_every,
+        seed=seed,
+    )
+    _require_free(output)
+    model: Any = nn.Module.to(load_base(checkpoint), where)
+    words = load_tokenizer(tokenizer or checkpoint)
+    install_adapter(model, spec)
+    with StudyBars(quiet=quiet) as bars:
+        text = opt.text_spec(data, text_column, tokenizer or checkpoint, 4096, sequence_length)
+        found = prepare(text.replace(seed=seed), progress=bars.preparing())
+    work = output.with_name(f".{output.name}.work")
+    reporter = SilentProgress() if quiet else RichProgress()
+    report = fit_adapter(model, found.train, found.validation, fit, work=work, reporter=reporter)
+    save_adapter(model, output, checkpoint, words, {**report.to_dict(), "fit": fit.to_dict()})
+    shutil.rmtree(work, ignore_errors=True)
+    if as_json:
+        typer.echo(json.dumps({"output": str(output), **report.to_dict()}, indent=1))
+        return
+    _show(report, output)
+
+
+def merge_command(
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter.")],
+    expert: Annotated[
+        int | None,
+        typer.Option(help="The LoRA expert to merge for all tokens, where there are several."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the model.")] = Path("moekit-merged"),
+    as_json: opt.Json = False,
+) -> None:
+    """Write an ordinary checkpoint with an adapter merged into its weights.
+
+    Plain LoRA and LoRA on the experts of a mixture merge exactly. A mixture of LoRA experts does
+    not, since each token has other ones; --expert merges one of them for all tokens.
+    """
+    if not is_adapter(adapter):
+        raise SpecError(f"{adapter} is no adapter; wanted a folder that moekit adapt wrote")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output} is there already and would be replaced; choose another place")
+    opt.require_writable(output.parent)
+    _, base = adapter_settings(adapter)
+    model = merge_adapter(load_adapter(load_base(base), adapter), expert)
+    words = load_tokenizer(adapter)
+    scratch = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    try:
+        model.save_pretrained(scratch)
+        words.save_pretrained(str(scratch))
+        if output.exists():
+            output.rmdir()
+        os.replace(scratch, output)
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if as_json:
+        typer.echo(json.dumps({"output": str(output), "base": base}))
+    else:
+        typer.echo(f"Model: {output} (an ordinary checkpoint of {type(model).__name__})")
+
+
+def _require_free(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; give a folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise OutputError(f"{output} is there already and would be replaced; choose another place")
+    opt.require_writable(output.parent)
+
+
+def _show(report: FitReport, output: Path) -> None:
+    table = Table("step", title="Adapting", box=box.SIMPLE_HEAD)
+    for name in ("held-out loss", "training loss"):
+        table.add_column(name, justify="right")
+    for look in report.looks:
+        trained = "" if look.train_loss is None else f"{look.train_loss:.4f}"
+        table.add_row(str(look.step), f"{look.held_out_loss:.4f}", trained)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"Trained: {report.trained:,} of {report.parameters:,} parameters "
+        f"({report.trained / report.parameters:.2%})"
+    )
+    console.print(f"Adapter: {output}", markup=False, soft_wrap=True)

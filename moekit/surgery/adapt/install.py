@@ -1,0 +1,130 @@
+"""Putting an adapter on a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moekit.errors import SpecError
+from moekit.surgery.adapt.balance import mole_loss
+from moekit.surgery.adapt.mixture import LoRAExperts, MixtureRouter, sizes_of
+from moekit.surgery.adapt.parts import Part, parts_of
+from moekit.surgery.adapt.peft_parts import inject
+from moekit.surgery.adapt.spec import AdaptSpec
+
+ROUTER = "mole_router"  # its name in a feed-forward part
+_INSTALLED = "moekit_adapter"
+
+
+def install_adapter(model: PreTrainedModel, spec: AdaptSpec) -> PreTrainedModel:
+    """Put an adapter on a model, where it is; its own weights are frozen.
+
+    The model computes the same until the adapter is trained. In training, its loss gets
+    ``spec.balance`` times the balance loss added, padding of ``attention_mask`` left out; so
+    ``transformers.Trainer`` and any loop that uses the model's loss train the routers as they
+    should.
+
+    Args:
+        model: any causal or vision-language model of transformers whose decoder layers have their
+            feed-forward part in a module; only its language model is adapted.
+        spec: the adapter.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpecError: the model has no such layers, or has an adapter already.
+        MissingExtraError: peft is needed and not installed.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=2,
+        ... ))
+        >>> _ = install_adapter(model, AdaptSpec(experts=2, rank=2, attention=False))
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        322
+    """
+    _require_plain(model)
+    parts = parts_of(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    attention = [name for part in parts for name in part.attention] if spec.attention else []
+    fused = [name for part in parts for name in part.fused] if spec.feed_forward else []
+    if attention or fused:
+        inject(model, attention, fused, spec)
+    if spec.feed_forward:
+        for part in parts:
+            if part.projections:
+                _install_mixture(model, part, spec)
+    handle = model.register_forward_hook(_add_balance, with_kwargs=True)
+    setattr(model, _INSTALLED, (spec, handle))
+    return model
+
+
+def adapter_of(model: nn.Module) -> AdaptSpec:
+    """The adapter that a model has.
+
+    Raises:
+        SpecError: it has none.
+    """
+    found = getattr(model, _INSTALLED, None)
+    if found is None:
+        raise SpecError(f"{type(model).__name__} has no adapter; install one first")
+    spec: AdaptSpec = found[0]
+    return spec
+
+
+def forget_adapter(model: nn.Module) -> None:
+    """Take off what :func:`install_adapter` left on the model beside modules."""
+    getattr(model, _INSTALLED)[1].remove()
+    delattr(model, _INSTALLED)
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's own parameters, by name."""
+    adapter_of(model)
+    wanted = (".lora_", f".{ROUTER}.")
+    return {n: p for n, p in model.named_parameters() if any(part in n for part in wanted)}
+
+
+def _require_plain(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, LoRAExperts) or hasattr(module, "lora_A"):
+            raise SpecError(f"{path} has an adapter already; merge it or load the model anew")
+
+
+def _install_mixture(model: nn.Module, part: Part, spec: AdaptSpec) -> None:
+    module = model.get_submodule(part.feed_forward)
+    router = None
+    if spec.experts > 1:
+        first = model.get_submodule(part.projections[0])
+        weight: Tensor = first.weight  # type: ignore[assignment]
+        router = MixtureRouter(sizes_of(first)[1], spec, weight)
+        module.add_module(ROUTER, router)
+        module.register_forward_pre_hook(_route, with_kwargs=True)
+    for path in part.projections:
+        adapted = LoRAExperts(model.get_submodule(path), router, spec)
+        model.set_submodule(path, adapted)
+
+
+def _route(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    module.get_submodule(ROUTER)(x)
+
+
+def _add_balance(model: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+    spec = adapter_of(model)
+    loss = getattr(output, "loss", None)
+    if not (spec.mixed and spec.balance and model.training and isinstance(loss, Tensor)):
+        return
+    if not any(isinstance(module, MixtureRouter) for module in model.modules()):
+        return
+    mask = kwargs.get("attention_mask")
+    mask_BT = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    balance = mole_loss(model, mask_BT, spec.pooled)
+    output.loss = loss + spec.balance * balance.to(loss.dtype)

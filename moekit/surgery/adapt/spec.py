@@ -1,0 +1,85 @@
+"""What an adapter consists of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moekit.spec import Spec
+
+Combine = Literal["sparse_ste", "hard", "gate", "ste", "soft"]
+
+
+@dataclass(frozen=True)
+class AdaptSpec(Spec):
+    """A mixture of LoRA experts on every feed-forward part, and LoRA on attention.
+
+    An expert is a LoRA pair for each projection of the feed-forward part; one router a part sends
+    each token to ``k`` of them, the same for all projections (LLaVA-MoLE, arXiv 2401.16160). A
+    feed-forward part that is a mixture of experts itself gets a LoRA pair for each of its experts
+    and projections instead, and its own router is left as it is.
+
+    How the experts of a token are combined, with p the router's softmax:
+
+    ============== =========================== ============================= ==================
+    combine        weight of an expert         router's gradient of the task experts computed
+    ============== =========================== ============================= ==================
+    ``sparse_ste`` 1/k                         through the chosen ones       k
+    ``hard``       1/k                         none, it learns balance alone k
+    ``gate``       p of the chosen ones        through the chosen ones       k
+    ``ste``        1/k                         through all                   all in training
+    ``soft``       p, of all                   through all                   all
+    ============== =========================== ============================= ==================
+
+    ``sparse_ste`` computes what the paper says and lets the router learn; ``hard`` and ``soft``
+    are what the official code trains and serves with.
+
+    Attributes:
+        experts: LoRA experts K of a part; 1 is plain LoRA without a router.
+        k: experts a token.
+        rank: r of every LoRA pair.
+        alpha: an update is scaled by alpha / r.
+        dropout: on what goes into a pair, in training; peft allows none for fused experts.
+        combine: see above.
+        balance: weight of the balance loss Σ c p, c the share of tokens that chose an expert and p
+            its mean probability, which is added to the model's loss in training.
+        pooled: take c and p over all layers together, as the official code does; layers may then
+            collapse onto different experts at no cost.
+        feed_forward: adapt feed-forward parts.
+        attention: adapt the projections of attention by plain LoRA of the same rank, through peft.
+    """
+
+    experts: int = 3
+    k: int = 1
+    rank: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.05
+    combine: Combine = "sparse_ste"
+    balance: float = 0.01
+    pooled: bool = False
+    feed_forward: bool = True
+    attention: bool = True
+
+    def check(self) -> None:
+        self.require(self.experts >= 1, f"experts is {self.experts}; wanted at least 1")
+        self.require(
+            1 <= self.k <= self.experts, f"k is {self.k}; wanted 1 to {self.experts}, the experts"
+        )
+        self.require(self.rank >= 1, f"rank is {self.rank}; wanted at least 1")
+        self.require(self.alpha > 0, f"alpha is {self.alpha}; wanted a positive number")
+        self.require(0 <= self.dropout < 1, f"dropout is {self.dropout}; wanted 0 to below 1")
+        self.require(self.balance >= 0, f"balance is {self.balance}; wanted 0 or more")
+        self.require(
+            self.feed_forward or self.attention,
+            "feed_forward and attention are both off; nothing would be adapted",
+        )
+
+    @property
+    def scale(self) -> float:
+        """What an update is multiplied by."""
+        return self.alpha / self.rank
+
+    @property
+    def mixed(self) -> bool:
+        """Whether there is a router at all."""
+        return self.feed_forward and self.experts > 1
