@@ -41,7 +41,7 @@ def build() -> typer.Typer:
     """The command with all its subcommands."""
     app = typer.Typer(
         name="moekit",
-        help="Sparse mixture-of-experts models: compare designs, train, inspect, prune, unlearn, adapt.",
+        help="Sparse mixture-of-experts models: compare designs, train, inspect, prune, adapt.",
         no_args_is_help=True,
         add_completion=False,
         rich_markup_mode="rich",
@@ -54,7 +54,7 @@ def build() -> typer.Typer:
             bool, typer.Option("--version", callback=_version, is_eager=True, help="Version.")
         ] = False,
     ) -> None:
-        """Sparse mixture-of-experts models: compare designs, train, inspect, prune, unlearn, adapt."""
+        """Sparse mixture-of-experts models: compare designs, train, inspect, prune, adapt."""
 
     def add(
         name: str, command: Callable[..., None], examples: str, under: typer.Typer = app

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from moekit.errors import SpecError
 from moekit.surgery.adapt.balance import mole_loss
 from moekit.surgery.adapt.mixture import LoRAExperts, MixtureRouter, sizes_of
+from moekit.surgery.adapt.own_experts import is_own, update_experts
 from moekit.surgery.adapt.parts import Part, parts_of
 from moekit.surgery.adapt.peft_parts import inject
 from moekit.surgery.adapt.spec import AdaptSpec
@@ -55,8 +56,12 @@ def install_adapter(model: PreTrainedModel, spec: AdaptSpec) -> PreTrainedModel:
         parameter.requires_grad_(False)
     attention = [name for part in parts for name in part.attention] if spec.attention else []
     fused = [name for part in parts for name in part.fused] if spec.feed_forward else []
-    if attention or fused:
-        inject(model, attention, fused, spec)
+    own = [path for path in fused if is_own(model, path)]
+    others = [path for path in fused if path not in own]
+    if attention or others:
+        inject(model, attention, others, spec)
+    for path in own:
+        update_experts(model, path, spec)
     if spec.feed_forward:
         for part in parts:
             if part.projections:

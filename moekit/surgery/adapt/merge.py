@@ -13,6 +13,7 @@ from moekit.errors import SpecError
 from moekit.surgery.adapt.balance import routers_of
 from moekit.surgery.adapt.install import ROUTER, adapter_of, forget_adapter
 from moekit.surgery.adapt.mixture import LoRAExperts, MixtureRouter
+from moekit.surgery.adapt.own_experts import merge_experts
 from moekit.surgery.adapt.peft_parts import has_injected, merge_injected
 
 
@@ -50,6 +51,7 @@ def merge_adapter(model: PreTrainedModel, expert: int | None = None) -> PreTrain
         model.set_submodule(path, base)
     for path in [p for p, m in model.named_modules() if isinstance(m, MixtureRouter)]:
         _remove_router(model.get_submodule(path.rpartition(".")[0]))
+    merge_experts(model)
     if has_injected(model):
         merge_injected(model)
     forget_adapter(model)

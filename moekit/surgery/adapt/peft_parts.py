@@ -19,23 +19,23 @@ def inject(model: PreTrainedModel, linears: list[str], fused: list[str], spec: A
         MissingExtraError: peft is not installed.
     """
     peft = _peft()
+    common: dict[str, Any] = {"r": spec.rank, "lora_alpha": spec.alpha}
+    configs = []
     if linears:
-        config = peft.LoraConfig(
-            r=spec.rank,
-            lora_alpha=spec.alpha,
-            lora_dropout=spec.dropout,
-            target_modules=linears,
-            fan_in_fan_out=isinstance(model.get_submodule(linears[0]), Conv1D),
+        transposed = isinstance(model.get_submodule(linears[0]), Conv1D)
+        configs.append(
+            peft.LoraConfig(
+                **common,
+                target_modules=linears,
+                lora_dropout=spec.dropout,
+                fan_in_fan_out=transposed,
+            )
         )
-        peft.inject_adapter_in_model(config, model, adapter_name="default")
     if fused:
-        config = peft.LoraConfig(
-            r=spec.rank,
-            lora_alpha=spec.alpha,
-            target_modules=[],
-            target_parameters=fused,
-        )
-        peft.inject_adapter_in_model(config, model, adapter_name="default")
+        configs.append(peft.LoraConfig(**common, target_modules=[], target_parameters=fused))
+    for config in configs:
+        peft.inject_adapter_in_model(config, model)
+        del model.peft_config  # two settings of one adapter, which peft would take for two
 
 
 def merge_injected(model: nn.Module) -> None:
