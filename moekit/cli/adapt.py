@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +16,9 @@ from torch import nn
 from moekit.cli import options as opt
 from moekit.cli.checkpoint import load_base
 from moekit.cli.progress import StudyBars
+from moekit.cli.result import require_free, write_model
 from moekit.data import load_tokenizer, prepare
-from moekit.errors import OutputError, SpecError
+from moekit.errors import SpecError
 from moekit.surgery.adapt import (
     AdaptSpec,
     FitReport,
@@ -119,7 +118,7 @@ def adapt_command(
         check_every=check_every,
         seed=seed,
     )
-    _require_free(output)
+    require_free(output)
     model: Any = nn.Module.to(load_base(checkpoint), where)
     words = load_tokenizer(tokenizer or checkpoint)
     install_adapter(model, spec)
@@ -153,35 +152,15 @@ def merge_command(
     """
     if not is_adapter(adapter):
         raise SpecError(f"{adapter} is no adapter; wanted a folder that moekit adapt wrote")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output} is there already and would be replaced; choose another place")
-    opt.require_writable(output.parent)
+    require_free(output)
     _, base = adapter_settings(adapter)
     model = merge_adapter(load_adapter(load_base(base), adapter), expert)
     words = load_tokenizer(adapter)
-    scratch = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-    try:
-        model.save_pretrained(scratch)
-        words.save_pretrained(str(scratch))
-        if output.exists():
-            output.rmdir()
-        os.replace(scratch, output)
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    write_model(model, words, output)
     if as_json:
         typer.echo(json.dumps({"output": str(output), "base": base}))
     else:
         typer.echo(f"Model: {output} (an ordinary checkpoint of {type(model).__name__})")
-
-
-def _require_free(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; give a folder")
-    if output.is_dir() and any(output.iterdir()):
-        raise OutputError(f"{output} is there already and would be replaced; choose another place")
-    opt.require_writable(output.parent)
 
 
 def _show(report: FitReport, output: Path) -> None:

@@ -18,6 +18,7 @@ from moekit.cli import (
     compare,
     evaluate,
     generate,
+    graft,
     prune,
     systems,
     train,
@@ -68,6 +69,7 @@ def build() -> typer.Typer:
     add("evaluate", evaluate.evaluate_command, evaluate.EXAMPLES)
     add("prune", prune.prune_command, prune.EXAMPLES)
     add("upcycle", upcycle.upcycle_command, upcycle.EXAMPLES)
+    add("graft", graft.graft_command, graft.EXAMPLES)
     add("unlearn", unlearn.unlearn_command, unlearn.EXAMPLES)
     add("adapt", adapt.adapt_command, adapt.EXAMPLES)
     add("merge-adapter", adapt.merge_command, adapt.MERGE_EXAMPLES)

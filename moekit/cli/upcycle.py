@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from transformers import PreTrainedModel
 
 from moekit.cli import options as opt
 from moekit.cli.checkpoint import load_model
-from moekit.compare.record import write_json
+from moekit.cli.result import require_free, write_model
 from moekit.data import load_tokenizer
-from moekit.errors import OutputError
 from moekit.measure import inspect_checkpoint
 from moekit.surgery.upcycle_dense import Upcycling, upcycle_dense
 
@@ -62,9 +57,7 @@ def upcycle_command(
     is trained. Both models are in memory at once.
     """
     spec = Upcycling(experts, k, layers, router_std, reinit, noise, seed)  # type: ignore[arg-type]
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output} is there already and would be replaced; choose another place")
-    opt.require_writable(output.parent)
+    require_free(output)
     dense = load_model(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     grown = upcycle_dense(dense, spec)
@@ -75,7 +68,7 @@ def upcycle_command(
         "parameters_before": dense.num_parameters(),
         "parameters": grown.num_parameters(),
     }
-    _save(grown, tokenizer, found, output)
+    write_model(grown, tokenizer, output, {REPORT: found})
     inspect_checkpoint(str(output))
     if as_json:
         typer.echo(json.dumps({"output": str(output), **found}, indent=1))
@@ -85,19 +78,3 @@ def upcycle_command(
         f"{found['parameters_before']:,} before"
     )
     typer.echo(f"Model: {output} (an ordinary checkpoint of its architecture)")
-
-
-def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], output: Path) -> None:
-    """All files under another name first, so that ``output`` is complete when it appears."""
-    scratch = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-    try:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(str(scratch))
-        write_json(scratch / REPORT, report)
-        if output.exists():
-            output.rmdir()
-        os.replace(scratch, output)
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

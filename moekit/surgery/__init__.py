@@ -8,6 +8,7 @@ from moekit.surgery.evaluate import Evaluation, evaluate
 from moekit.surgery.experts_backend import register_experts
 from moekit.surgery.extend import extend_modules, train_new_modules
 from moekit.surgery.fold_tasks import fold_tasks
+from moekit.surgery.grafted import GraftedMoEConfig, GraftedMoEForCausalLM
 from moekit.surgery.momentum import AttachedMomentum, attach_momentum
 from moekit.surgery.null_experts import add_null_experts
 from moekit.surgery.plan import BlockPlan
@@ -39,6 +40,8 @@ __all__ = [
     "Evaluation",
     "ExpertWeights",
     "FactorRow",
+    "GraftedMoEConfig",
+    "GraftedMoEForCausalLM",
     "ModuleUsage",
     "Needs",
     "PruneReport",

@@ -1,22 +1,56 @@
-"""Grafting null experts on a trained top-k decoder, as AdaMoE does to pretrained models."""
+"""Grafting null experts on a trained top-k model, as AdaMoE does."""
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moekit.errors import SpecError
 from moekit.experts import Bank, FeedForwardSpec, Zero
 from moekit.layer import MoESpec
 from moekit.models.language import MoEDecoderConfig, MoEDecoderForCausalLM
-from moekit.routing import LossSpec, SwitchBalance, TopK
+from moekit.routing import LossSpec, NullAwareBalance, SwitchBalance, TopK
+from moekit.surgery.grafted import (
+    GRAFTABLE,
+    GraftedMoEConfig,
+    GraftedMoEForCausalLM,
+    Normalize,
+)
+from moekit.surgery.view import block_views
+from moekit.surgery.wrapped import settings_of
 
 TIE_BREAKING = 1e-4
 
 
+@overload
 def add_null_experts(
-    model: MoEDecoderForCausalLM, count: int, k: int, loss: LossSpec, seed: int = 0
-) -> MoEDecoderForCausalLM:
+    model: MoEDecoderForCausalLM,
+    count: int,
+    k: int,
+    loss: LossSpec | None = None,
+    seed: int = 0,
+    normalize: Normalize = "true",
+) -> MoEDecoderForCausalLM: ...
+@overload
+def add_null_experts(
+    model: PreTrainedModel,
+    count: int,
+    k: int,
+    loss: LossSpec | None = None,
+    seed: int = 0,
+    normalize: Normalize = "true",
+) -> PreTrainedModel: ...
+def add_null_experts(
+    model: PreTrainedModel,
+    count: int,
+    k: int,
+    loss: LossSpec | None = None,
+    seed: int = 0,
+    normalize: Normalize = "true",
+) -> PreTrainedModel:
     """A copy of ``model`` with ``count`` null experts in every MoE layer and ``k`` picks a token.
 
     The router grows by rows copied from its own, each ``count / E`` times, so that at first every
@@ -25,15 +59,92 @@ def add_null_experts(
     since ties would be broken by position.
 
     Args:
-        model: a decoder whose MoE layers are plain top-k over one feed-forward bank.
+        model: a decoder of moekit's whose MoE layers are plain top-k over one feed-forward bank,
+            or a Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE of transformers, which becomes a
+            :class:`~moekit.surgery.grafted.GraftedMoEForCausalLM`.
         count: number m of null experts, a multiple of the number of experts.
         k: picks a token, null experts included.
-        loss: the balance loss of the result, in place of the model's Switch loss.
+        loss: the balance loss of the result, in place of the model's Switch loss; null-aware and of
+            weight 0.02 by default.
         seed: seed of the noise.
+        normalize: what a token's weights are divided by: the sum over its ``true`` picks, as the
+            paper advises, or over ``all``; models of transformers only.
 
     Raises:
-        SpecError: a layer is of another kind, or ``count`` is no multiple of its experts.
+        SpecError: a layer is of another kind, ``count`` is no multiple of its experts, or ``k`` is
+            out of range.
+
+    Example:
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> model = MixtralForCausalLM(MixtralConfig(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+        ... ))
+        >>> grafted = add_null_experts(model, count=4, k=3)
+        >>> _ = grafted(input_ids=torch.tensor([[1, 2, 3]]))
+        >>> len(grafted.true_experts_per_token())
+        1
     """
+    loss = NullAwareBalance(weight=0.02) if loss is None else loss
+    if isinstance(model, MoEDecoderForCausalLM):
+        return _own_decoder(model, count, k, loss, seed)
+    return _of_transformers(model, count, k, loss, seed, normalize)
+
+
+@torch.no_grad()
+def _of_transformers(
+    model: PreTrainedModel, count: int, k: int, loss: LossSpec, seed: int, normalize: Normalize
+) -> PreTrainedModel:
+    if model.config.model_type not in GRAFTABLE:
+        raise SpecError(
+            f"null experts cannot be grafted on {model.config.model_type!r}; supported: "
+            f"{', '.join(GRAFTABLE)}, and moekit's own decoder"
+        )
+    views = block_views(model)
+    experts = views[0].experts
+    _require(experts, count, k)
+    if not isinstance(loss, NullAwareBalance) or loss.then or loss.scope != "layer":
+        raise SpecError(
+            f"the loss is {loss}; on models of transformers it is NullAwareBalance over layers "
+            "with a constant weight (config.balance_weight can be changed between runs)"
+        )
+    if normalize not in ("true", "all"):
+        raise SpecError(f"normalize is {normalize!r}; wanted 'true' or 'all'")
+    config = GraftedMoEConfig(
+        **settings_of(model.config),
+        null_experts=count,
+        k=k,
+        normalize=normalize,
+        balance_weight=loss.weight,
+        architectures=[GraftedMoEForCausalLM.__name__],
+    )
+    grown = GraftedMoEForCausalLM(config).to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
+    state = {f"inner.{name}": value for name, value in model.state_dict().items()}
+    missing = grown.load_state_dict(state, strict=False).missing_keys
+    assert all(name.endswith("null_weight") for name in missing)
+    generator = torch.Generator().manual_seed(seed)
+    for router, view in zip(grown.routers, views, strict=True):
+        both_ED = _told_apart(_with_twins(view.router.weight, count), count, generator)
+        router.null_weight.copy_(both_ED[experts:])
+    grown.generation_config = model.generation_config
+    return grown.eval()
+
+
+def _require(experts: int, count: int, k: int) -> None:
+    if count < 0 or count % experts != 0:
+        raise SpecError(
+            f"{count} null experts for {experts} experts: copying the router's rows needs a "
+            "multiple"
+        )
+    if not 1 <= k <= experts + count:
+        raise SpecError(
+            f"k is {k}; wanted 1 to {experts + count}, the experts and the null experts"
+        )
+
+
+def _own_decoder(
+    model: MoEDecoderForCausalLM, count: int, k: int, loss: LossSpec, seed: int
+) -> MoEDecoderForCausalLM:
     specs = [_grafted(spec, count, k, loss) for spec in model.config.layer_specs]
     settings = model.config.to_dict() | {"layers": [spec.to_dict() for spec in specs]}
     grown = MoEDecoderForCausalLM(MoEDecoderConfig.from_dict(settings))

@@ -10,6 +10,7 @@ from moekit.systems.comet import COMET, COMET_RELATIVES
 from moekit.systems.dern import DERN
 from moekit.systems.gg_moe import GG_MOE
 from moekit.systems.graph_of_tokens import GRAPH_OF_TOKENS, GRAPH_RELATIVES
+from moekit.systems.llava_mole import LLAVA_MOLE
 from moekit.systems.meo import MEO, MEO_RELATIVES
 from moekit.systems.moduleformer import MODULEFORMER
 from moekit.systems.moepp import MOEPP
@@ -58,6 +59,7 @@ def systems() -> tuple[System, ...]:
         DERN,
         UNCURL,
         UOE,
+        LLAVA_MOLE,
         *PLANNED,
     )
 

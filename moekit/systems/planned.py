@@ -35,12 +35,6 @@ PLANNED = (
         "upcycling, a frozen modality router, a shared expert",
     ),
     _planned(
-        "llava_mole",
-        "LLaVA-MoLE: top-1 mixture of LoRA experts",
-        "2401.16160",
-        "a LoRA bank on a frozen base",
-    ),
-    _planned(
         "switch_dit",
         "Switch-DiT: experts of a diffusion transformer gated by the time step",
         "2403.09176",

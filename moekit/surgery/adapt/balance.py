@@ -144,11 +144,12 @@ def routing_report(
             )
         domain_N = domain_B[:, None].expand_as(valid_BT)[valid_BT]
         expert_NK = mixed.expert_NK.cpu()[valid_BT.flatten()]
-        found.append(_layer(path, domain_N, expert_NK, mixed.probability_NE.shape[1]))
+        found.append(layer_routing(path, domain_N, expert_NK, mixed.probability_NE.shape[1]))
     return found
 
 
-def _layer(path: str, domain_N: Tensor, expert_NK: Tensor, experts: int) -> LayerRouting:
+def layer_routing(path: str, domain_N: Tensor, expert_NK: Tensor, experts: int) -> LayerRouting:
+    """The same of one layer, from each token's domain and experts."""
     slots = expert_NK.shape[1]
     pair_NK = domain_N[:, None] * experts + expert_NK
     domains = int(domain_N.max()) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from moekit.errors import SpecError
 from moekit.surgery.adapt.balance import mole_loss
 from moekit.surgery.adapt.mixture import LoRAExperts, MixtureRouter, sizes_of
 from moekit.surgery.adapt.own_experts import is_own, update_experts
-from moekit.surgery.adapt.parts import Part, parts_of
+from moekit.surgery.adapt.parts import parts_of
 from moekit.surgery.adapt.peft_parts import inject
 from moekit.surgery.adapt.spec import AdaptSpec
 
@@ -65,7 +66,8 @@ def install_adapter(model: PreTrainedModel, spec: AdaptSpec) -> PreTrainedModel:
     if spec.feed_forward:
         for part in parts:
             if part.projections:
-                _install_mixture(model, part, spec)
+                inside = [p.removeprefix(f"{part.feed_forward}.") for p in part.projections]
+                install_mixture(model.get_submodule(part.feed_forward), inside, spec)
     handle = model.register_forward_hook(_add_balance, with_kwargs=True)
     setattr(model, _INSTALLED, (spec, handle))
     return model
@@ -103,18 +105,23 @@ def _require_plain(model: nn.Module) -> None:
             raise SpecError(f"{path} has an adapter already; merge it or load the model anew")
 
 
-def _install_mixture(model: nn.Module, part: Part, spec: AdaptSpec) -> None:
-    module = model.get_submodule(part.feed_forward)
+def install_mixture(part: nn.Module, projections: Sequence[str], spec: AdaptSpec) -> None:
+    """Put LoRA experts on the projections of one feed-forward part, and a router in it.
+
+    Args:
+        part: called with tokens (..., D) alone.
+        projections: paths in ``part``; the first one takes tokens.
+        spec: sizes and combination.
+    """
     router = None
     if spec.experts > 1:
-        first = model.get_submodule(part.projections[0])
+        first = part.get_submodule(projections[0])
         weight: Tensor = first.weight  # type: ignore[assignment]
         router = MixtureRouter(sizes_of(first)[1], spec, weight)
-        module.add_module(ROUTER, router)
-        module.register_forward_pre_hook(_route, with_kwargs=True)
-    for path in part.projections:
-        adapted = LoRAExperts(model.get_submodule(path), router, spec)
-        model.set_submodule(path, adapted)
+        part.add_module(ROUTER, router)
+        part.register_forward_pre_hook(_route, with_kwargs=True)
+    for path in projections:
+        part.set_submodule(path, LoRAExperts(part.get_submodule(path), router, spec))
 
 
 def _route(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

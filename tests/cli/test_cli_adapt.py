@@ -1,0 +1,112 @@
+"""``moekit adapt`` and ``moekit merge-adapter`` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import Moekit
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from moekit.data import train_tokenizer
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+SHORT = (
+    *("--rank=4", "--steps=4", "--check-every=2", "--batch-size=2", "--accumulate=1"),
+    *("--sequence-length=16", "--learning-rate=1e-2"),
+)
+
+
+@pytest.fixture(params=["llama", "mixtral"])
+def base(request: pytest.FixtureRequest, text: Path, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    words = train_tokenizer([text.read_text()], 280, tmp_path / "cache")
+    sizes = SIZES | {"vocab_size": len(words)}
+    folder = tmp_path / request.param
+    if request.param == "llama":
+        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    else:
+        config = MixtralConfig(**sizes, num_local_experts=4)
+        MixtralForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(str(folder))
+    return folder
+
+
+def loss_of(moekit: Moekit, model: object, text: Path) -> float:
+    ended = moekit("evaluate", model, "--data", text, "--sequence-length=16", "--json")
+    assert ended.code == 0, ended.err
+    return float(json.loads(ended.out)["text"]["loss"])
+
+
+def test_train_evaluate_generate_and_merge(moekit: Moekit, base: Path, text: Path) -> None:
+    before = (base / "model.safetensors").read_bytes()
+    ended = moekit("adapt", base, "--data", text, "--experts=1", "--output=out", *SHORT)
+    assert ended.code == 0, ended.err
+    assert "held-out loss" in ended.out
+    assert (base / "model.safetensors").read_bytes() == before
+    assert not [path for path in Path().iterdir() if path.name.startswith(".out")]
+    settings = json.loads(Path("out/moekit_adapter.json").read_text())
+    losses = [look["held_out_loss"] for look in settings["report"]["looks"]]
+    assert losses[-1] < losses[0]
+    adapted = loss_of(moekit, "out", text)
+    assert adapted < loss_of(moekit, base, text)
+    assert moekit("generate", "out", "--prompt=alpha", "--tokens=3").code == 0
+    merged = moekit("merge-adapter", "out", "--output=merged")
+    assert merged.code == 0, merged.err
+    assert loss_of(moekit, "merged", text) == pytest.approx(adapted, rel=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained("merged")
+    assert set(plain.state_dict()) == set(AutoModelForCausalLM.from_pretrained(base).state_dict())
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_a_mixture_is_merged_by_expert_only(moekit: Moekit, base: Path, text: Path) -> None:
+    ended = moekit("adapt", base, "--data", text, "--output=out", "--json", *SHORT)
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    names = load_file("out/adapter.safetensors")
+    assert found["trained"] == sum(tensor.numel() for tensor in names.values())
+    assert any("mole_router" in name for name in names)
+    refused = moekit("merge-adapter", "out", "--output=merged")
+    assert refused.code == 2
+    assert "3 LoRA experts" in refused.err
+    assert not Path("merged").exists()
+    assert moekit("merge-adapter", "out", "--expert=1", "--output=merged").code == 0
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rank=0"], "rank is 0"),
+        (["--experts=2", "--k=3"], "k is 3"),
+        (["--combine=mean"], "combine"),
+        (["--steps=0"], "steps is 0"),
+        (["--output=llama"], "llama is there already"),
+    ],
+)
+def test_mistakes(moekit: Moekit, base: Path, text: Path, arguments: list[str], words: str) -> None:
+    ended = moekit("adapt", base, "--data", text, *arguments)
+    assert ended.code == 2
+    assert words in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_what_is_no_adapter(moekit: Moekit, tmp_path: Path) -> None:
+    ended = moekit("merge-adapter", tmp_path)
+    assert ended.code == 2
+    assert "is no adapter" in ended.err
