@@ -20,7 +20,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 # Work, in multiply-adds, below which one thread is done before a second one is awake.
 ONE_THREAD = 2**20
 ONE_THREAD_WRITES = 2**18  # bytes of a gradient, likewise
-LARGE_PAGES = 2**23  # bytes of a gradient from which large pages are asked for
+# Bytes of a gradient for which large pages are asked for. They save faults; but for more of them the
+# system may first have to make room, which took a second for 1.6 GB where other work had run between.
+LARGE_PAGES = range(2**23, 2**28)
 
 
 class Native(Backend):
@@ -165,7 +167,7 @@ class NativeCall:
         tensor = self.room(name, *like.shape, dtype=like.dtype)
         if tensor.nbytes >= ONE_THREAD_WRITES:
             self.fields.threads = torch.get_num_threads()
-        if tensor.nbytes >= LARGE_PAGES:
+        if tensor.nbytes in LARGE_PAGES:
             _kernels().moekit_large_pages(tensor.data_ptr(), tensor.nbytes)
         return tensor
 
