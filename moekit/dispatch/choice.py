@@ -25,8 +25,9 @@ from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
 BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "triton", "loop"]
 
 # Where on a CPU one backend overtakes another, measured. Our own kernels are ahead at any size in
-# float32, and in bfloat16 up to so many rows an expert.
+# float32, and in bfloat16 up to so many rows an expert; fewer where a backward pass follows.
 NATIVE_IN_HALF = 128
+NATIVE_IN_HALF_TRAINING = 32
 # Elsewhere: elements of an expert's first weight, and the same times its rows, which is a third of
 # its multiply-adds for gated experts.
 SMALL_EXPERT = 2**16
@@ -140,12 +141,18 @@ def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend:
     rows = len(plan.assignment_R)
     rows_an_expert = rows / max(1, min(rows, experts))
     whole = x_ND.dtype in (torch.float32, torch.float64)
-    if (whole or rows_an_expert <= NATIVE_IN_HALF) and Native.takes(x_ND, bank):
+    few = NATIVE_IN_HALF_TRAINING if _training(x_ND, bank) else NATIVE_IN_HALF
+    if (whole or rows_an_expert <= few) and Native.takes(x_ND, bank):
         return Native()
     if whole and rows_an_expert <= FEW and inner * width >= SMALL_EXPERT:
         return FewRows()
     little = LITTLE_WORK if whole else LITTLE_WORK_IN_HALF
     return Streamed() if rows_an_expert * inner * width >= little else Grouped()
+
+
+def _training(x_ND: Tensor, bank: FeedForward) -> bool:
+    tensors = (x_ND, *bank.tensors)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _plain(x_ND: Tensor, bank: FeedForward) -> bool:

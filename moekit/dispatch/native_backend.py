@@ -20,9 +20,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 # Work, in multiply-adds, below which one thread is done before a second one is awake.
 ONE_THREAD = 2**20
 ONE_THREAD_WRITES = 2**18  # bytes of a gradient, likewise
-# Bytes of a gradient for which large pages are asked for. They save faults; but for more of them the
-# system may first have to make room, which took a second for 1.6 GB where other work had run between.
-LARGE_PAGES = range(2**23, 2**28)
 
 
 class Native(Backend):
@@ -163,12 +160,10 @@ class NativeCall:
         return tensor
 
     def gradient(self, name: str, like: Tensor) -> Tensor:
-        """Memory for a weight's gradient, in large pages: it is new at every step."""
+        """Memory for a weight's gradient, which several threads write if it is large."""
         tensor = self.room(name, *like.shape, dtype=like.dtype)
         if tensor.nbytes >= ONE_THREAD_WRITES:
             self.fields.threads = torch.get_num_threads()
-        if tensor.nbytes in LARGE_PAGES:
-            _kernels().moekit_large_pages(tensor.data_ptr(), tensor.nbytes)
         return tensor
 
     def run(self, name: str) -> None:

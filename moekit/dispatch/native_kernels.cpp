@@ -18,9 +18,6 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -559,16 +556,4 @@ void moekit_forward_float32(const Call* call) { forward_pass<float>(*call); }
 void moekit_forward_bfloat16(const Call* call) { forward_pass<bfloat16>(*call); }
 void moekit_backward_float32(const Call* call) { backward_pass<float>(*call); }
 void moekit_backward_bfloat16(const Call* call) { backward_pass<bfloat16>(*call); }
-
-// Asks for large pages where memory is new, so that its first use costs fewer faults.
-void moekit_large_pages(void* data, Size bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const std::uintptr_t page = std::uintptr_t(1) << 21;
-  const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(data) + page - 1) & ~(page - 1);
-  const std::uintptr_t last = (reinterpret_cast<std::uintptr_t>(data) + bytes) & ~(page - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
 }

@@ -105,6 +105,4 @@ def _opened(path: Path) -> ctypes.CDLL:
         for dtype in ("float32", "bfloat16"):
             function: Any = getattr(found, f"moekit_{name}_{dtype}")
             function.argtypes, function.restype = [ctypes.POINTER(Call)], None
-    found.moekit_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    found.moekit_large_pages.restype = None
     return found

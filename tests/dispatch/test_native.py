@@ -44,8 +44,11 @@ def fresh() -> Iterator[None]:
     library.cache_clear()
 
 
-def backend_of(name: str, problem: Problem, dtype: torch.dtype = torch.float32) -> str:
+def backend_of(
+    name: str, problem: Problem, dtype: torch.dtype = torch.float32, training: bool = False
+) -> str:
     x_ND, weight_NK, bank = problem.inputs(dtype, "cpu")
+    x_ND.requires_grad_(training)
     plan = problem.plan(problem.experts_NK(), weight_NK)
     found = Choice(name).backend(x_ND, plan, bank)  # type: ignore[arg-type]
     assert found is not None
@@ -127,8 +130,11 @@ def test_weights_that_are_slices_of_larger_ones() -> None:
 
 @needs_kernels
 def test_what_is_chosen() -> None:
-    many = NATIVE_IN_HALF * 5
-    crowd = Problem(tokens=many, experts=2, k=1)
+    crowd = Problem(tokens=3 * NATIVE_IN_HALF, experts=2, k=1)
+    some = Problem(tokens=NATIVE_IN_HALF, experts=2, k=1)
+    assert backend_of("auto", some, torch.bfloat16) == "native"
+    assert backend_of("auto", some, torch.bfloat16, training=True) != "native"
+    assert backend_of("auto", some, training=True) == "native"
     assert backend_of("auto", PLAIN) == "native"
     assert backend_of("auto", crowd) == "native"
     assert backend_of("auto", PLAIN, torch.bfloat16) == "native"
