@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moekit.cli import options as opt
-from moekit.cli.checkpoint import load_model
+from moekit.cli.checkpoint import load_base
 from moekit.cli.result import require_free, write_model
+from moekit.compare.record import write_json
 from moekit.data import load_tokenizer
+from moekit.errors import SpecError
+from moekit.experts import FeedForwardSpec
+from moekit.layer import MoESpec
 from moekit.measure import inspect_checkpoint
-from moekit.surgery.upcycle_dense import Upcycling, upcycle_dense
+from moekit.measure.inspect import read_config
+from moekit.models.language import MoEDecoderConfig, MoEDecoderForCausalLM
+from moekit.routing import TopK
+from moekit.surgery import Upcycling, local_folder, upcycle, upcycle_checkpoint
+from moekit.training import RichProgress, SilentProgress
 
 REPORT = "moekit_upcycle.json"
 EXAMPLES = """\
@@ -25,7 +33,11 @@ EXAMPLES = """\
 
 def upcycle_command(
     checkpoint: Annotated[
-        str, typer.Argument(help="Folder or hub name of a dense Llama, Mistral or Qwen3.")
+        str,
+        typer.Argument(
+            help="Folder or hub name of a dense Llama, Mistral, Qwen2 or Qwen3, or a "
+            "dense decoder of moekit's."
+        ),
     ],
     experts: Annotated[int, typer.Option(help="Experts of each mixture.")] = 8,
     k: Annotated[int, typer.Option("--k", help="Experts a token.")] = 2,
@@ -49,27 +61,32 @@ def upcycle_command(
     output: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("moekit-upcycle"),
     seed: opt.Seed = 0,
     as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Write a mixture whose experts start as copies of a dense model's feed-forward parts.
 
-    Llama and Mistral become Mixtral, Qwen3 becomes Qwen3-MoE, and transformers loads the result as
-    such. Without --reinit and --noise it computes what the dense model does, to rounding, until it
-    is trained. Both models are in memory at once.
+    Llama and Mistral become Mixtral, Qwen2 becomes Qwen2-MoE, Qwen3 becomes Qwen3-MoE, and
+    transformers loads the result as such; a dense decoder of moekit's becomes one with mixtures.
+    Without --reinit and --noise it computes what the dense model does, to rounding, until it is
+    trained. One layer is in memory at a time, and the checkpoint that you give is only read.
     """
     spec = Upcycling(experts, k, layers, router_std, reinit, noise, seed)  # type: ignore[arg-type]
     require_free(output)
-    dense = load_model(checkpoint)
-    tokenizer = load_tokenizer(checkpoint)
-    grown = upcycle_dense(dense, spec)
-    found = {
+    folder = local_folder(checkpoint)
+    reporter = SilentProgress() if quiet else RichProgress()
+    config = read_config(str(folder), is_local=True)
+    if isinstance(config, MoEDecoderConfig):
+        _own_decoder(str(folder), spec, output)
+    else:
+        upcycle_checkpoint(folder, output, spec, reporter)
+    found: dict[str, Any] = {
         "source": checkpoint,
-        "architecture": type(grown).__name__,
+        "architecture": inspect_checkpoint(str(output)).architecture,
         "upcycling": spec.to_dict(),
-        "parameters_before": dense.num_parameters(),
-        "parameters": grown.num_parameters(),
+        "parameters_before": inspect_checkpoint(str(folder)).total,
+        "parameters": inspect_checkpoint(str(output)).total,
     }
-    write_model(grown, tokenizer, output, {REPORT: found})
-    inspect_checkpoint(str(output))
+    write_json(output / REPORT, found)
     if as_json:
         typer.echo(json.dumps({"output": str(output), **found}, indent=1))
         return
@@ -78,3 +95,20 @@ def upcycle_command(
         f"{found['parameters_before']:,} before"
     )
     typer.echo(f"Model: {output} (an ordinary checkpoint of its architecture)")
+
+
+def _own_decoder(folder: str, spec: Upcycling, output: Path) -> None:
+    """A dense decoder of moekit's, in memory."""
+    plain = Upcycling(spec.experts, spec.k, seed=spec.seed)
+    if spec != plain:
+        raise SpecError(
+            "a decoder of moekit's is upcycled in all layers by plain copies; leave --layers, "
+            "--router-std, --reinit and --noise out"
+        )
+    dense = load_base(folder)
+    assert isinstance(dense, MoEDecoderForCausalLM)
+    bank, *others = set(dense.config.layer_specs)
+    if others or not isinstance(bank, FeedForwardSpec):
+        raise SpecError(f"{folder} is no decoder whose layers are all dense and alike")
+    layer = MoESpec(TopK(k=spec.k), bank.replace(count=spec.experts))
+    write_model(upcycle(dense, layer, spec.seed), load_tokenizer(folder), output)

@@ -24,7 +24,8 @@ from moekit.surgery.pruning_factor import (
 from moekit.surgery.recorder import record, record_model
 from moekit.surgery.statistics import BlockStatistics, Needs
 from moekit.surgery.upcycle import upcycle
-from moekit.surgery.upcycle_dense import Upcycling, upcycle_dense
+from moekit.surgery.upcycle_dense import upcycle_checkpoint, upcycle_dense
+from moekit.surgery.upcycle_families import Upcycling
 from moekit.surgery.usage import ModuleUsage, module_usage
 from moekit.surgery.view import BlockView, block_views
 from moekit.surgery.weights import ExpertWeights, RouterWeights
@@ -69,5 +70,6 @@ __all__ = [
     "thresholds",
     "train_new_modules",
     "upcycle",
+    "upcycle_checkpoint",
     "upcycle_dense",
 ]

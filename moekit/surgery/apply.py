@@ -90,7 +90,7 @@ def write_pruned(
                 for stored, part in checkpoint.names.split(prefix + name, tensor):
                     writer.add(stored, part)
         writer.finish()
-        _copy_rest(checkpoint.folder, folder)
+        copy_rest(checkpoint.folder, folder)
         _new_config(checkpoint.config, plans, own_class).save_pretrained(folder)
     return plans
 
@@ -153,7 +153,7 @@ def _new_config(
     return architecture_of(config).resized(config, [plan.count for plan in plans])
 
 
-def _copy_rest(source: Path, target: Path) -> None:
+def copy_rest(source: Path, target: Path) -> None:
     """The tokenizer, the generation config and the like."""
     for path in sorted(source.iterdir()):
         is_ours = path.name == "config.json" or path.name.endswith(".index.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Checkpoint:
 
     Args:
         path: its folder.
+        architecture: what is known of a config's kind; of mixtures by default.
 
     Attributes:
         folder: the folder.
@@ -52,13 +54,17 @@ class Checkpoint:
         SpecError: its architecture is not supported.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        architecture: Callable[[PreTrainedConfig], Architecture] = architecture_of,
+    ) -> None:
         self.folder = Path(path).expanduser()
         if not self.folder.is_dir():
             raise CheckpointError(f"{path} is not a folder; give the folder of a checkpoint")
         self.config: PreTrainedConfig = read_config(str(self.folder), is_local=True)
         inner = self.config.text_config if self.is_pruned else self.config
-        self.architecture: Architecture = architecture_of(inner)
+        self.architecture: Architecture = architecture(inner)
         if getattr(self.config, "quantization_config", None) is not None:
             raise CheckpointError(
                 f"{self.folder / 'config.json'} says that the weights are quantised; experts can "

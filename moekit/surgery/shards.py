@@ -57,9 +57,13 @@ class ShardWriter:
         (self.folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
     def _flush(self) -> None:
-        # Tensors of one storage, such as slices of a bank, are stored apart.
-        tensors = {name: tensor.clone() for name, tensor in self._pending.items()}
-        self._pending.clear()
+        tensors: dict[str, Tensor] = {}
+        while self._pending:
+            name, tensor = self._pending.popitem()
+            # Tensors of one storage, such as slices of a bank, are stored apart.
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            tensors[name] = tensor if whole else tensor.clone()
+        tensors = dict(reversed(tensors.items()))
         save_file(tensors, self._part(len(self._shards)), metadata={"format": "pt"})
         self._shards.append(list(tensors))
 

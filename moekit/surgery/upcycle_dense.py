@@ -1,4 +1,4 @@
-"""Sparse upcycling of dense models of transformers: Llama, Mistral and Qwen3 become mixtures.
+"""Sparse upcycling of dense models of transformers: Llama, Mistral and Qwen become mixtures.
 
 Each feed-forward part becomes experts that are copies of it (Komatsuzaki et al. 2022, arXiv
 2212.05055); the combine weights of the chosen experts sum to 1, so that the mixture computes what
@@ -10,74 +10,36 @@ or noise be added.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    MixtralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from moekit.errors import CheckpointError, SpecError
-from moekit.spec import Spec
-from moekit.surgery.view import BlockView, block_views
+from moekit.errors import CheckpointError
+from moekit.surgery.apply import copy_rest
+from moekit.surgery.checkpoint import Checkpoint
+from moekit.surgery.shards import ShardWriter, appearing
+from moekit.surgery.stored_names import FUSED
+from moekit.surgery.upcycle_families import Upcycling, mixture_config
+from moekit.surgery.view_architecture import Architecture
+from moekit.surgery.view_architectures import architecture_of
 from moekit.surgery.weights import ExpertWeights, RouterWeights
+from moekit.training.progress import ProgressReporter, SilentProgress
 
 _CAUSAL: Any = AutoModelForCausalLM  # whose methods carry no types
-
-
-@dataclass(frozen=True)
-class Upcycling(Spec):
-    """How a dense model becomes a mixture.
-
-    Attributes:
-        experts: experts of each mixture, E.
-        k: experts a token.
-        layers: which layers: ``all``, ``every-other`` (the second, the fourth, ...) or
-            ``last-half``. Mixtral's architecture, which Llama and Mistral become, knows ``all``.
-        router_std: standard deviation of the routers' weights.
-        reinit: share of each expert's hidden neurons that is drawn anew, from the normal
-            distribution of each weight's own mean and standard deviation; another part in each
-            expert. More than 0 and the model no longer starts as the dense one.
-        noise: standard deviation of noise on every expert weight, in those of the weight itself.
-        seed: draws routers, neurons and noise.
-    """
-
-    experts: int = 8
-    k: int = 2
-    layers: Literal["all", "every-other", "last-half"] = "all"
-    router_std: float = 0.02
-    reinit: float = 0.0
-    noise: float = 0.0
-    seed: int = 0
-
-    def check(self) -> None:
-        self.require(self.experts >= 1, f"experts is {self.experts}; wanted at least 1")
-        self.require(
-            1 <= self.k <= self.experts, f"k is {self.k}; wanted 1 to {self.experts}, the experts"
-        )
-        self.require(self.router_std >= 0, f"router_std is {self.router_std}; wanted 0 or more")
-        self.require(0 <= self.reinit <= 1, f"reinit is {self.reinit}; wanted a share, 0 to 1")
-        self.require(self.noise >= 0, f"noise is {self.noise}; wanted 0 or more")
-
-    def chosen(self, depth: int) -> list[int]:
-        """The layers that become mixtures."""
-        if self.layers == "every-other":
-            return list(range(1, depth, 2))
-        return list(range(depth // 2 if self.layers == "last-half" else 0, depth))
+_SMALLEST_SHARD = 200 * 10**6
+_PROJECTIONS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+Read = Callable[[str], Tensor]
 
 
 def upcycle_dense(model: PreTrainedModel, spec: Upcycling) -> PreTrainedModel:
     """A mixture made of a dense model, which is left as it is.
 
     Args:
-        model: a causal language model of transformers: Llama and Mistral become Mixtral, Qwen3
-            becomes Qwen3-MoE.
+        model: a causal language model of transformers: Llama and Mistral become Mixtral, Qwen2
+            becomes Qwen2-MoE and Qwen3 becomes Qwen3-MoE.
         spec: how.
 
     Raises:
@@ -94,63 +56,155 @@ def upcycle_dense(model: PreTrainedModel, spec: Upcycling) -> PreTrainedModel:
         >>> type(upcycle_dense(dense, Upcycling(experts=4))).__name__
         'MixtralForCausalLM'
     """
-    kind = model.config.model_type
-    if kind not in _FAMILIES:
-        raise SpecError(
-            f"{type(model).__name__} cannot be upcycled; wanted a dense model of "
-            f"{', '.join(_FAMILIES)}"
-        )
+    config = mixture_config(model.config, spec)
     _require_finite(model)
-    config = _FAMILIES[kind](model.config, spec)
     with torch.device("meta"):
-        grown = _CAUSAL.from_config(config, dtype=model.dtype)
+        grown: PreTrainedModel = _CAUSAL.from_config(config, dtype=model.dtype)
     grown.to_empty(device="cpu")
-    _copy_dense(model, grown)
+    old = dict(model.named_parameters()) | dict(model.named_buffers())
+    names = _Names(grown, config, old)
+    new = {
+        name: value
+        for block in names.blocks(spec)
+        for name, value in block(lambda name: old[name].detach().cpu()).items()
+    }
+    with torch.no_grad():
+        for name, value in (*grown.named_parameters(), *grown.named_buffers()):
+            if name in new or name in old:
+                value.copy_(new[name] if name in new else old[name])
     grown.tie_weights()
-    generator = torch.Generator().manual_seed(spec.seed)
-    layers = model.get_submodule(f"{model.base_model_prefix}.layers")
-    for view in block_views(grown):
-        _fill(view, layers.get_submodule(f"{view.index}.mlp"), spec, generator)
     grown.generation_config = model.generation_config
-    grown.eval()
+    grown.eval()  # type: ignore[no-untyped-call]
     return grown
 
 
-def _require_finite(model: PreTrainedModel) -> None:
-    for name, value in model.named_parameters():
-        if not bool(torch.isfinite(value).all()):
-            raise CheckpointError(
-                f"{name} of the dense model holds NaN or infinite values; start from a sound one"
-            )
+def upcycle_checkpoint(
+    folder: Path | str,
+    output: Path,
+    spec: Upcycling,
+    reporter: ProgressReporter | None = None,
+) -> PreTrainedConfig:
+    """The same from folder to folder, a layer in memory at a time; weights are equal to the bit.
+
+    Args:
+        folder: a dense checkpoint, which is only read.
+        output: folder of the mixture, which appears when all of it is written.
+        spec: how.
+        reporter: told how far it is, in layers.
+
+    Returns:
+        The mixture's config.
+
+    Raises:
+        SpecError: as :func:`upcycle_dense`.
+        CheckpointError: the checkpoint is incomplete, damaged, quantised, or its config and its
+            tensors contradict each other; file and tensor are named.
+        OutputError: ``output`` is there already, or cannot be written.
+    """
+    dense = dense_checkpoint(folder, spec)
+    config = mixture_config(dense.config, spec)
+    config.dtype = dense.dtype
+    reporter = reporter or SilentProgress()
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = _CAUSAL.from_config(config, dtype=dense.dtype)
+    names = _Names(skeleton, config, dense.tensor_names)
+    stored = architecture_of(config).stored
+    with appearing(output) as scratch:
+        writer = ShardWriter(scratch, _SMALLEST_SHARD)
+        reporter.start(len(names.mixtures), "upcycling")
+        for done, block in enumerate(names.blocks(spec)):
+            for name, tensor in block(dense.read).items():
+                for place, part in stored.split(name, tensor):
+                    writer.add(place, part)
+            reporter.update(done + 1, None, None)
+        for name in names.kept:
+            if dense.source_of(name) == name:
+                writer.add(stored.plain(name), dense.read(name))
+        writer.finish()
+        copy_rest(dense.folder, scratch)
+        config.architectures = [type(skeleton).__name__]
+        config.save_pretrained(scratch)
+        reporter.finish()
+    return config
 
 
-def _copy_dense(model: PreTrainedModel, grown: PreTrainedModel) -> None:
-    """Every tensor that both models have; buffers too, which hold the rotary frequencies."""
-    old = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, value in (*grown.named_parameters(), *grown.named_buffers()):
-            if name in old:
-                value.copy_(old[name])
+def dense_checkpoint(folder: Path | str, spec: Upcycling) -> Checkpoint:
+    """A dense checkpoint, its headers compared with its config.
+
+    Raises:
+        SpecError, CheckpointError: as :func:`upcycle_checkpoint`.
+    """
+
+    def architecture(config: PreTrainedConfig) -> Architecture:
+        mixture_config(config, spec)  # refuses what has no counterpart
+        return Architecture(config.model_type, "", stored=FUSED)
+
+    return Checkpoint(folder, architecture)
 
 
-@torch.no_grad()
-def _fill(view: BlockView, part: Any, spec: Upcycling, generator: torch.Generator) -> None:
-    """Copies of a feed-forward part in place of a block's experts, and a router."""
-    projections = (part.gate_proj.weight, part.up_proj.weight, part.down_proj.weight.T)
-    hidden = part.gate_proj.weight.shape[0]
-    for expert in range(spec.experts):
-        weights = [weight.detach().cpu().clone() for weight in projections]  # rows are neurons
+class _Names:
+    """Which tensors of a mixture come from where.
+
+    Attributes:
+        mixtures: paths of its MoE blocks, by layer.
+        kept: tensors that are the dense model's own.
+    """
+
+    def __init__(self, grown: PreTrainedModel, config: PreTrainedConfig, old: Any) -> None:
+        self.architecture = architecture_of(config)
+        self.shapes = {name: t.shape for name, t in grown.state_dict().items()}
+        layers = grown.get_submodule(f"{grown.base_model_prefix}.layers")
+        self.mixtures = [
+            f"{grown.base_model_prefix}.layers.{index}.{self.architecture.block}"
+            for index, layer in enumerate(layers.children())
+            if self.architecture.is_moe(layer)
+        ]
+        tied = set(grown.all_tied_weights_keys)
+        self.kept = [name for name in self.shapes if name in old and name not in tied]
+
+    def blocks(self, spec: Upcycling) -> list[Callable[[Read], dict[str, Tensor]]]:
+        """For each MoE block, in order, what makes its tensors; draws go from one to the next."""
+        generator = torch.Generator().manual_seed(spec.seed)
+        return [
+            lambda read, path=path: self._block(path, spec, generator, read)  # type: ignore[misc]
+            for path in self.mixtures
+        ]
+
+    def _block(
+        self, path: str, spec: Upcycling, generator: torch.Generator, read: Read
+    ) -> dict[str, Tensor]:
+        gate_HD, up_HD, down_DH = (read(f"{path}.{name}") for name in _PROJECTIONS)
+        bank = _copies((gate_HD, up_HD, down_DH.T), spec, generator)
+        shape = self.shapes[f"{path}.{self.architecture.router}.weight"]
+        router_ED = (spec.router_std * torch.randn(shape, generator=generator)).to(gate_HD.dtype)
+        found = self.architecture.pack_experts(bank)
+        found |= self.architecture.pack_router(RouterWeights(router_ED))
+        if f"{path}.shared_expert.down_proj.weight" in self.shapes:
+            found |= {
+                "shared_expert.gate_proj.weight": gate_HD,
+                "shared_expert.up_proj.weight": up_HD,
+                "shared_expert.down_proj.weight": torch.zeros_like(down_DH),
+                "shared_expert_gate.weight": gate_HD.new_zeros(1, gate_HD.shape[1]),
+            }
+        return {f"{path}.{name}": value for name, value in found.items()}
+
+
+def _copies(
+    neurons: tuple[Tensor, ...], spec: Upcycling, generator: torch.Generator
+) -> ExpertWeights:
+    """E copies of a feed-forward part, whose matrices have a row a hidden neuron."""
+    hidden, made = neurons[0].shape[0], []
+    for _ in range(spec.experts):
+        weights = [weight.clone() for weight in neurons]
         if spec.reinit:
             drawn = torch.randperm(hidden, generator=generator)[: round(spec.reinit * hidden)]
             for weight in weights:
                 weight[drawn] = _normal(weight[drawn], weight, generator)
         if spec.noise:
             weights = [_noisy(weight, spec.noise, generator) for weight in weights]
-        gate, up, down = weights
-        view.set_expert(expert, ExpertWeights(gate=gate, up=up, down=down.T))
-    own = view.router
-    drawn_ED = spec.router_std * torch.randn(own.weight.shape, generator=generator)
-    view.set_router(RouterWeights(drawn_ED.to(own.weight.dtype)))
+        made.append(weights)
+    gate_EHD, up_EHD, down_EHD = (torch.stack(parts) for parts in zip(*made, strict=True))
+    return ExpertWeights(gate=gate_EHD, up=up_EHD, down=down_EHD.transpose(1, 2))
 
 
 def _noisy(weight: Tensor, noise: float, generator: torch.Generator) -> Tensor:
@@ -166,67 +220,9 @@ def _normal(like: Tensor, of: Tensor, generator: torch.Generator) -> Tensor:
     return found.to(like.dtype)
 
 
-def _mixtral(config: Any, spec: Upcycling) -> PreTrainedConfig:
-    for name in ("attention_bias", "mlp_bias"):
-        if getattr(config, name, False):
-            raise SpecError(f"the model has {name}, which Mixtral's architecture has not")
-    if spec.layers != "all":
-        raise SpecError(f"layers is {spec.layers!r}; every layer of Mixtral is a mixture: all")
-    return MixtralConfig(
-        **_common(config),
-        sliding_window=getattr(config, "sliding_window", None),
-        num_local_experts=spec.experts,
-        num_experts_per_tok=spec.k,
-    )
-
-
-def _qwen3_moe(config: Any, spec: Upcycling) -> PreTrainedConfig:
-    if getattr(config, "use_sliding_window", False):
-        raise SpecError("the model has sliding windows in some layers, which Qwen3-MoE has not")
-    depth = config.num_hidden_layers
-    chosen = spec.chosen(depth)
-    if not chosen:
-        raise SpecError(f"layers is {spec.layers!r}, which is none of {depth}")
-    return Qwen3MoeConfig(
-        **_common(config),
-        attention_bias=config.attention_bias,
-        num_experts=spec.experts,
-        num_experts_per_tok=spec.k,
-        moe_intermediate_size=config.intermediate_size,
-        norm_topk_prob=True,
-        decoder_sparse_step=1,
-        mlp_only_layers=[index for index in range(depth) if index not in chosen],
-    )
-
-
-_SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "attention_dropout",
-)
-
-
-def _common(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _SHARED if hasattr(config, name)}
-
-
-_FAMILIES: dict[str, Callable[[Any, Upcycling], PreTrainedConfig]] = {
-    "llama": _mixtral,
-    "mistral": _mixtral,
-    "qwen3": _qwen3_moe,
-}
+def _require_finite(model: PreTrainedModel) -> None:
+    for name, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                f"{name} of the dense model holds NaN or infinite values; start from a sound one"
+            )

@@ -65,4 +65,19 @@ def test_mistakes(moekit: Moekit, llama: Path, arguments: list[str], words: str)
 
 def test_a_mixture_already(moekit: Moekit, llama: Path) -> None:
     assert moekit("upcycle", llama, "--experts=2", "--output=out").code == 0
-    assert "MixtralForCausalLM cannot be upcycled" in moekit("upcycle", "out").sentence
+    assert "a 'mixtral' model cannot be upcycled" in moekit("upcycle", "out").sentence
+
+
+def test_moekits_own_decoder(moekit: Moekit, tiny: list[str], text: Path) -> None:
+    assert moekit("train", "--design=dense", "--output=own", *tiny).code == 0
+    ended = moekit("upcycle", "own/model", "--experts=4", "--k=2", "--output=out", "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["architecture"] == "MoEDecoderForCausalLM"
+    losses = [
+        json.loads(moekit("evaluate", place, "--data", text, "--sequence-length=16", "--json").out)
+        for place in ("own/model", "out")
+    ]
+    assert losses[1]["text"]["loss"] == pytest.approx(losses[0]["text"]["loss"], rel=1e-5)
+    refused = moekit("upcycle", "own/model", "--noise=0.1", "--output=other")
+    assert "plain copies" in refused.sentence
+    assert "dense and alike" in moekit("upcycle", "out", "--output=other").sentence

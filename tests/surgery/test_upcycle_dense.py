@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -41,6 +42,7 @@ DENSE = {
     "llama with scaled positions": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
     "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True, head_dim=12),
     "mistral with a window": MistralConfig(**SIZES, sliding_window=5),
+    "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
     "qwen3, tied, biased": Qwen3Config(
         **SIZES, head_dim=16, tie_word_embeddings=True, attention_bias=True
@@ -153,7 +155,7 @@ def test_specs_that_make_no_sense(settings, words: str) -> None:
 
 def test_models_that_have_no_counterpart() -> None:
     spec = Upcycling(experts=2, k=1)
-    with pytest.raises(SpecError, match="llama, mistral, qwen3"):
+    with pytest.raises(SpecError, match="llama, mistral, qwen2, qwen3"):
         upcycle_dense(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2)), spec)
     with pytest.raises(SpecError, match="dense model"):
         upcycle_dense(dense_of(MixtralConfig(**SIZES, num_local_experts=2)), spec)
