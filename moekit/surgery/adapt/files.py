@@ -15,8 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moekit.errors import CheckpointError, OutputError, SpecError
-from moekit.surgery.adapt.install import adapter_of, adapter_parameters, install_adapter
+from moekit.errors import CheckpointError, OutputError
+from moekit.surgery.adapt.install import (
+    adapter_of,
+    adapter_parameters,
+    has_adapter,
+    install_adapter,
+)
+from moekit.surgery.adapt.merge import merge_adapter
 from moekit.surgery.adapt.spec import AdaptSpec
 
 WEIGHTS = "adapter.safetensors"
@@ -105,13 +111,17 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> PreTrainedModel:
     """
     spec, base = adapter_settings(folder)
     stored = _read(Path(folder) / WEIGHTS)
-    try:
-        own = adapter_of(model)
-    except SpecError:
+    fresh = not has_adapter(model)
+    own = spec if fresh else adapter_of(model)
+    if fresh:
         install_adapter(model, spec)
-        own = spec
     weights = adapter_parameters(model)
-    _require_equal(folder, stored, weights, base)
+    try:
+        _require_equal(folder, stored, weights, base)
+    except CheckpointError:
+        if fresh:  # an adapter that has not been trained adds nothing when it is merged
+            merge_adapter(model, 0)
+        raise
     if own != spec:
         raise CheckpointError(
             f"{folder} is an adapter of {spec}, and the model has one of {own}; load the model "

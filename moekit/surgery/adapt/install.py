@@ -86,6 +86,11 @@ def adapter_of(model: nn.Module) -> AdaptSpec:
     return spec
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model has an adapter."""
+    return hasattr(model, _INSTALLED)
+
+
 def forget_adapter(model: nn.Module) -> None:
     """Take off what :func:`install_adapter` left on the model beside modules."""
     getattr(model, _INSTALLED)[1].remove()
