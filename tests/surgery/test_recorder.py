@@ -243,7 +243,7 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    facts = json.loads(done.stdout)
+    facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["blocks"] == 12
     activations = facts["state_bytes"] * 3
     assert size > 5 * (2 * block)
