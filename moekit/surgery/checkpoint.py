@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,9 @@ class Checkpoint:
         skeleton = self.skeleton()
         self._shapes = {name: t.shape for name, t in skeleton.state_dict().items()}
         self._tied_names: dict[str, str] = dict(skeleton.all_tied_weights_keys)
-        self._check()
+        # Buffers that older versions of transformers stored, and what the architecture leaves out.
+        unexpected = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
+        self._check((r"rotary_emb\.inv_freq$", *unexpected))
 
     @property
     def is_pruned(self) -> bool:
@@ -158,10 +161,18 @@ class Checkpoint:
             return name
         return tied
 
-    def _check(self) -> None:
+    def _check(self, ignored: Sequence[str]) -> None:
+        used = set(map(self.names.plain, self._tied_names)) | set(self._tied_names)
         for name, wanted in self._shapes.items():
             for stored, shape in self.names.used(self.source_of(name), wanted, self.stored):
                 self._check_tensor(stored, shape)
+                used.add(stored)
+        for name in self.stored:
+            if name not in used and not any(re.search(pattern, name) for pattern in ignored):
+                raise CheckpointError(
+                    f"{self.folder / self.stored[name].file} holds {name}, which is no part of the "
+                    f"model that {self.folder / 'config.json'} describes; mend the one or the other"
+                )
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         entry = self.stored.get(name)

@@ -149,6 +149,28 @@ def test_damaged_tensors_are_named(folder: Path, tmp_path: Path, change: Any, wo
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
+def test_more_layers_than_the_config_says(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.3\.[\w.]+, which is no part of"):
+        upcycle_checkpoint(folder, tmp_path / "out", SPEC)
+
+
+def test_what_older_versions_stored_beside_is_passed_over(folder: Path, tmp_path: Path) -> None:
+    def older(tensors: dict[str, torch.Tensor]) -> bool:
+        if NAME in tensors:
+            tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        return NAME in tensors
+
+    _change(folder, older)
+    index = folder / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    found["weight_map"]["model.layers.1.self_attn.rotary_emb.inv_freq"] = found["weight_map"][NAME]
+    index.write_text(json.dumps(found))
+    upcycle_checkpoint(folder, tmp_path / "out", SPEC)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 def test_other_bad_input(folder: Path, tmp_path: Path) -> None:
     (cut,) = list(folder.glob("*00002-of*.safetensors"))
     whole = cut.read_bytes()
