@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
 from moekit.cli import options as opt
 from moekit.compare.record import write_json
 from moekit.errors import OutputError
+from moekit.surgery.shards import appearing
 
 
 def require_free(output: Path) -> None:
@@ -27,7 +25,7 @@ def require_free(output: Path) -> None:
 def write_model(
     model: Any, tokenizer: Any, output: Path, reports: dict[str, dict[str, Any]] | None = None
 ) -> None:
-    """All files under another name first, so that ``output`` is complete when it appears.
+    """Write a model, its tokenizer and reports; ``output`` appears when all of it is there.
 
     Args:
         reports: JSON files beside the model, by name.
@@ -35,16 +33,8 @@ def write_model(
     Raises:
         OutputError: the folder cannot be written.
     """
-    scratch = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-    try:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(str(scratch))
+    with appearing(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(str(folder))
         for name, report in (reports or {}).items():
-            write_json(scratch / name, report)
-        if output.exists():
-            output.rmdir()
-        os.replace(scratch, output)
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            write_json(folder / name, report)
