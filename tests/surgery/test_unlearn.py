@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from moekit.errors import DataError, SpecError
 from moekit.surgery import block_views
+from moekit.surgery.batch import batch_of
 from moekit.surgery.unlearn import (
     GA,
     NPO,
@@ -30,7 +31,6 @@ from moekit.surgery.unlearn import (
     UnlearnSpec,
     unlearn_model,
 )
-from moekit.surgery.unlearn.batch import batch_of
 from moekit.surgery.unlearn.run import Runner
 from moekit.surgery.unlearn.targets import Choice, choice_of
 from moekit.surgery.unlearn.trained import Trained

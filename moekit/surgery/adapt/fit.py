@@ -19,8 +19,8 @@ from moekit.errors import DivergedError
 from moekit.measure.observe import TokenBlocks
 from moekit.spec import Spec
 from moekit.surgery.adapt.install import adapter_of, adapter_parameters
+from moekit.surgery.batch import IGNORED, Batch, batch_of, batches_of, require_tokens
 from moekit.surgery.run_store import RunStore, optimiser_tensors, restore
-from moekit.surgery.unlearn.batch import IGNORED, Batch, batch_of, batches_of, require_tokens
 from moekit.training.order import ShuffledPasses
 from moekit.training.progress import ProgressReporter, SilentProgress
 

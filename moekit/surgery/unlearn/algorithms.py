@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekit.errors import SpecError
 from moekit.spec import Spec
-from moekit.surgery.unlearn.batch import Batch
+from moekit.surgery.batch import Batch
 from moekit.surgery.unlearn.losses import npo_loss, rmu_forget_loss, rmu_retain_loss
 from moekit.surgery.unlearn.run import Runner, Seen
 

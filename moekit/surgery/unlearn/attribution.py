@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from moekit.data import ProgressHook
 from moekit.errors import CheckpointError, DataError, SpecError
 from moekit.measure.observe import TokenBlocks
+from moekit.surgery.batch import batch_of, require_tokens
 from moekit.surgery.unlearn.anchor import router_probabilities
-from moekit.surgery.unlearn.batch import batch_of, require_tokens
 from moekit.surgery.view import BlockView, block_views
 
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from moekit.errors import DataError, DivergedError, SpecError
 from moekit.measure.observe import TokenBlocks
+from moekit.surgery.batch import Batch, batch_of
 from moekit.surgery.run_store import RunStore, optimiser_tensors, restore
 from moekit.surgery.unlearn.algorithms import Objective, Start
 from moekit.surgery.unlearn.anchor import RouterAnchorLoss
-from moekit.surgery.unlearn.batch import Batch, batch_of
 from moekit.surgery.unlearn.measure import Reading, read
 from moekit.surgery.unlearn.run import Runner
 from moekit.surgery.unlearn.spec import UnlearnSpec

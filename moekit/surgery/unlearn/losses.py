@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moekit.errors import SpecError
-from moekit.surgery.unlearn.batch import IGNORED
+from moekit.surgery.batch import IGNORED
 
 
 def token_nats(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:

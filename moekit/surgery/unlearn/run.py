@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moekit.surgery.batch import Batch
 from moekit.surgery.unlearn.anchor import watching
-from moekit.surgery.unlearn.batch import Batch
 from moekit.surgery.unlearn.losses import mean_nats, token_nats
 from moekit.surgery.unlearn.trained import Trained
 from moekit.surgery.view import BlockView, block_views
