@@ -128,7 +128,9 @@ def adapt_command(
     work = output.with_name(f".{output.name}.work")
     reporter = SilentProgress() if quiet else RichProgress()
     report = fit_adapter(model, found.train, found.validation, fit, work=work, reporter=reporter)
-    save_adapter(model, output, checkpoint, words, {**report.to_dict(), "fit": fit.to_dict()})
+    folder = Path(checkpoint).expanduser()
+    base = str(folder.resolve()) if folder.is_dir() else checkpoint  # found from anywhere
+    save_adapter(model, output, base, words, {**report.to_dict(), "fit": fit.to_dict()})
     shutil.rmtree(work, ignore_errors=True)
     if as_json:
         typer.echo(json.dumps({"output": str(output), **report.to_dict()}, indent=1))

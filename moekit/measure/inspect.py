@@ -27,6 +27,8 @@ from moekit.measure.structure import (
     parameters_by_part,
 )
 
+ADAPTER = "moekit_adapter.json"  # settings of what `moekit adapt` wrote
+
 
 @dataclass(frozen=True)
 class CheckpointStructure:
@@ -93,6 +95,10 @@ def read_config(name: str, is_local: bool) -> PreTrainedConfig:
         CheckpointError: there is none, or it cannot be read.
     """
     path = Path(name) / "config.json"
+    if is_local and path.with_name(ADAPTER).is_file():
+        raise CheckpointError(
+            f"{name} is an adapter; give its model, or merge it with moekit merge-adapter first"
+        )
     if is_local and not path.is_file():
         raise CheckpointError(f"{name} has no config.json; give the folder of a checkpoint")
     try:

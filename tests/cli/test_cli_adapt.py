@@ -61,6 +61,9 @@ def test_train_evaluate_generate_and_merge(moekit: Moekit, base: Path, text: Pat
     assert (base / "model.safetensors").read_bytes() == before
     assert not [path for path in Path().iterdir() if path.name.startswith(".out")]
     settings = json.loads(Path("out/moekit_adapter.json").read_text())
+    assert settings["base"] == str(base.resolve())
+    for command in (("inspect", "out"), ("adapt", "out", "--data", text)):
+        assert "out is an adapter" in moekit(*command).sentence
     losses = [look["held_out_loss"] for look in settings["report"]["looks"]]
     assert losses[-1] < losses[0]
     adapted = loss_of(moekit, "out", text)

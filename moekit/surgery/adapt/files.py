@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moekit.errors import CheckpointError, OutputError
+from moekit.measure.inspect import ADAPTER
 from moekit.surgery.adapt.install import (
     adapter_of,
     adapter_parameters,
@@ -26,7 +27,7 @@ from moekit.surgery.adapt.merge import merge_adapter
 from moekit.surgery.adapt.spec import AdaptSpec
 
 WEIGHTS = "adapter.safetensors"
-SETTINGS = "moekit_adapter.json"
+SETTINGS = ADAPTER
 
 
 def save_adapter(
