@@ -124,15 +124,15 @@ class Dropless(DispatchSpec):
     """Every assignment is run, each expert on just its own rows (MegaBlocks' dropless MoE).
 
     Attributes:
-        backend: what runs a bank of feed-forward experts. ``streamed`` takes one expert after
-            another, and ``few_rows`` is for a handful of rows an expert, as in decoding; both for
-            CPUs. ``grouped_mm`` takes all rows at once through
-            ``torch.nn.functional.grouped_mm``, or the loop where that does not take the dtype or
-            sizes. ``triton`` runs kernels of our own on NVIDIA GPUs, gathers, activation and
-            weighting fused into the products. ``loop`` is one plain product an expert, the
-            oracle. ``auto`` chooses among the others by device, dtype and shape, and logs its
-            choice. Other banks run through
-            grouped products or the loop. Results agree to rounding.
+        backend: what runs a bank of feed-forward experts. ``native`` runs kernels of our own on
+            CPUs, compiled at their first use. ``streamed`` takes one expert after another, and
+            ``few_rows`` is for a handful of rows an expert, as in decoding; both for CPUs.
+            ``grouped_mm`` takes all rows at once through ``torch.nn.functional.grouped_mm``, or
+            the loop where that does not take the dtype or sizes. ``triton`` runs kernels of our
+            own on NVIDIA GPUs, gathers, activation and weighting fused into the products. ``loop``
+            is one plain product an expert, the oracle. ``auto`` chooses among the others by
+            device, dtype and shape, and logs its choice. Other banks run through grouped products
+            or the loop. Results agree to rounding.
     """
 
     backend: BackendName = "auto"

@@ -17,6 +17,7 @@ from moekit.cache import cached, default_cache
 from moekit.errors import OutputError
 
 SOURCE = Path(__file__).with_name("native_kernels.cpp")
+HEADER = Path(__file__).with_name("native_products.h")
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
     *("-fno-math-errno", "-ffp-contract=fast", "-w"),
@@ -89,7 +90,8 @@ def _compiled(compiler: str) -> Path:
 def _key(compiler: str) -> str:
     """Names the source, the compiler and the CPU, whose instructions the library contains."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=10)
-    parts = (SOURCE.read_bytes(), version.stdout, repr(FLAGS).encode(), _cpu().encode())
+    sources = SOURCE.read_bytes() + HEADER.read_bytes()
+    parts = (sources, version.stdout, repr(FLAGS).encode(), _cpu().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

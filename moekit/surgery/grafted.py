@@ -167,12 +167,11 @@ class GraftedMoEForCausalLM(WrappedForCausalLM):  # type: ignore[no-untyped-call
 
     def true_experts_per_token(self, attention_mask: Tensor | None = None) -> list[float]:
         """Mean number of experts with work that a token of the last call used, by block."""
-        true = [batch.load_E[: len(r.weight)].sum() for batch, r in self._pairs(attention_mask)]
-        tokens = [batch.tokens for batch in self._batches(attention_mask)]
-        return [float(load / count) for load, count in zip(true, tokens, strict=True)]
-
-    def _pairs(self, mask_BT: Tensor | None) -> list[tuple[Batch, NullRouter]]:
-        return list(zip(self._batches(mask_BT), self.routers, strict=True))
+        batches = zip(self._batches(attention_mask), self.routers, strict=True)
+        return [
+            float(batch.load_E[: len(router.weight)].sum() / batch.tokens)
+            for batch, router in batches
+        ]
 
     def _batches(self, mask_BT: Tensor | None) -> list[Batch]:
         return [_batch(router, mask_BT) for router in self.routers]

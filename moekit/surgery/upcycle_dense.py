@@ -9,7 +9,7 @@ or noise be added.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,13 @@ def upcycle_dense(model: PreTrainedModel, spec: Upcycling) -> PreTrainedModel:
     grown.to_empty(device="cpu")
     old = dict(model.named_parameters()) | dict(model.named_buffers())
     names = _Names(grown, config, old)
-    new = {
-        name: value
-        for block in names.blocks(spec)
-        for name, value in block(lambda name: old[name].detach().cpu()).items()
-    }
+    own = dict(grown.named_parameters()) | dict(grown.named_buffers())
     with torch.no_grad():
-        for name, value in (*grown.named_parameters(), *grown.named_buffers()):
-            if name in new or name in old:
-                value.copy_(new[name] if name in new else old[name])
+        for name in own.keys() & old.keys():
+            own[name].copy_(old[name])
+        for block in names.blocks(spec, lambda name: old[name].detach().cpu()):
+            for name, value in block.items():
+                own[name].copy_(value)
     grown.tie_weights()
     grown.generation_config = model.generation_config
     grown.eval()  # type: ignore[no-untyped-call]
@@ -112,8 +110,8 @@ def upcycle_checkpoint(
     with appearing(output) as scratch:
         writer = ShardWriter(scratch, _SMALLEST_SHARD)
         reporter.start(len(names.mixtures), "upcycling")
-        for done, block in enumerate(names.blocks(spec)):
-            for name, tensor in block(dense.read).items():
+        for done, block in enumerate(names.blocks(spec, dense.read)):
+            for name, tensor in block.items():
                 for place, part in stored.split(name, tensor):
                     writer.add(place, part)
             reporter.update(done + 1, None, None)
@@ -162,13 +160,11 @@ class _Names:
         tied = set(grown.all_tied_weights_keys)
         self.kept = [name for name in self.shapes if name in old and name not in tied]
 
-    def blocks(self, spec: Upcycling) -> list[Callable[[Read], dict[str, Tensor]]]:
-        """For each MoE block, in order, what makes its tensors; draws go from one to the next."""
+    def blocks(self, spec: Upcycling, read: Read) -> Iterator[dict[str, Tensor]]:
+        """The tensors of each MoE block, in order; draws go from one to the next."""
         generator = torch.Generator().manual_seed(spec.seed)
-        return [
-            lambda read, path=path: self._block(path, spec, generator, read)  # type: ignore[misc]
-            for path in self.mixtures
-        ]
+        for path in self.mixtures:
+            yield self._block(path, spec, generator, read)
 
     def _block(
         self, path: str, spec: Upcycling, generator: torch.Generator, read: Read

@@ -144,7 +144,7 @@ def experiment(lab: Laboratory) -> Reproduction:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     for index, (seed, name) in enumerate((seed, name) for seed in seeds for name in ARMS):
         settings = {**asdict(budget), "arm": str(ARMS[name])}
-        run = _Run(lab, ARMS[name], seed, budget, name, (index, total))
+        run = ArmRun(lab, ARMS[name], seed, budget, name, (index, total))
         found[name].append(lab.measured(name, seed, settings, run))
     return Reproduction(
         system="llava_mole",
@@ -158,7 +158,7 @@ def experiment(lab: Laboratory) -> Reproduction:
 
 
 @dataclass(frozen=True)
-class _Run:
+class ArmRun:
     """One arm on one problem."""
 
     lab: Laboratory

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moekit.systems.experiment import Laboratory
-from moekit.systems.llava_mole_experiment import ARMS, FULL, MIXTURE, PLAIN, Problem, _Run
+from moekit.systems.llava_mole_experiment import ARMS, FULL, MIXTURE, PLAIN, ArmRun, Problem
 from moekit.training import SilentProgress
 
 
@@ -26,7 +26,7 @@ class _Nobody:
 def errors(tmp_path: Path, steps: int, *names: str) -> dict[str, dict[str, float]]:
     lab = Laboratory(tmp_path, quick=False, seed=0, device="cpu", progress=_Nobody())
     budget = replace(FULL, steps=steps)
-    return {name: _Run(lab, ARMS[name], 1, budget, name, (0, 1))() for name in names}
+    return {name: ArmRun(lab, ARMS[name], 1, budget, name, (0, 1))() for name in names}
 
 
 def test_domains_conflict_by_construction() -> None:

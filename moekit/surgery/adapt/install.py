@@ -68,8 +68,9 @@ def install_adapter(model: PreTrainedModel, spec: AdaptSpec) -> PreTrainedModel:
             if part.projections:
                 inside = [p.removeprefix(f"{part.feed_forward}.") for p in part.projections]
                 install_mixture(model.get_submodule(part.feed_forward), inside, spec)
-    handle = model.register_forward_hook(_add_balance, with_kwargs=True)
-    setattr(model, _INSTALLED, (spec, handle))
+    mixed = spec.mixed and any(part.projections for part in parts)
+    hook = model.register_forward_hook(_add_balance, with_kwargs=True) if mixed else None
+    setattr(model, _INSTALLED, (spec, hook))
     return model
 
 
@@ -93,7 +94,9 @@ def has_adapter(model: nn.Module) -> bool:
 
 def forget_adapter(model: nn.Module) -> None:
     """Take off what :func:`install_adapter` left on the model beside modules."""
-    getattr(model, _INSTALLED)[1].remove()
+    hook = getattr(model, _INSTALLED)[1]
+    if hook is not None:
+        hook.remove()
     delattr(model, _INSTALLED)
 
 
@@ -137,9 +140,7 @@ def _route(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _add_balance(model: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> None:
     spec = adapter_of(model)
     loss = getattr(output, "loss", None)
-    if not (spec.mixed and spec.balance and model.training and isinstance(loss, Tensor)):
-        return
-    if not any(isinstance(module, MixtureRouter) for module in model.modules()):
+    if not (spec.balance and model.training and isinstance(loss, Tensor)):
         return
     mask = kwargs.get("attention_mask")
     mask_BT = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
