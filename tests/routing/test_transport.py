@@ -15,6 +15,11 @@ from transport_cases import FORMS, Given, inside, problem, solve
 
 from moekit.routing import solve_sparse_ot
 
+# POT 0.9.7 passes an option to scipy's L-BFGS-B that scipy 1.17 deprecates.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:scipy.optimize. The `disp` and `iprint` options:DeprecationWarning"
+)
+
 # --- optimal values -----------------------------------------------------------------------------
 
 

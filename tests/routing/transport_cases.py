@@ -6,17 +6,12 @@ import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
 from moekit.routing import SparseOTResult, solve_sparse_ot
 from moekit.routing.transport import TransportProblem
 
-# POT 0.9.7 passes an option to scipy's L-BFGS-B that scipy 1.17 deprecates.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:scipy.optimize. The `disp` and `iprint` options:DeprecationWarning"
-)
 FORMS = ("semidual", "dual")
 
 
