@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from command_line import Ended, Moekit
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
 from moekit.cli.main import main
 from moekit.compare import study as study_module
 from moekit.compare.run import run_design
+from moekit.data import train_tokenizer
 
 SIZES = (
     *("--steps=4", "--batch-size=2", "--sequence-length=16", "--vocab-size=280"),
@@ -80,3 +84,26 @@ def study(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(study: Path) -> Path:
     """A trained MoE++ model."""
     return study / "runs" / "moepp-seed0" / "model"
+
+
+@pytest.fixture
+def saved(text: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A function that saves a tiny model of transformers with a tokenizer, and says where."""
+
+    def save(name: str, config: type[PreTrainedConfig], **sizes: Any) -> Path:
+        torch.manual_seed(0)
+        words = train_tokenizer([text.read_text()], 280, tmp_path / "cache")
+        made: Any = config(
+            vocab_size=len(words),
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            **sizes,
+        )
+        folder = tmp_path / name
+        AutoModelForCausalLM.from_config(made).save_pretrained(folder)
+        words.save_pretrained(str(folder))
+        return folder
+
+    return save

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from command_line import Moekit
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
-    MixtralForCausalLM,
 )
 
-from moekit.data import train_tokenizer
-
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
 SHORT = (
     *("--rank=4", "--steps=4", "--check-every=2", "--batch-size=2", "--accumulate=1"),
     *("--sequence-length=16", "--learning-rate=1e-2"),
@@ -33,18 +22,10 @@ SHORT = (
 
 
 @pytest.fixture(params=["llama", "mixtral"])
-def base(request: pytest.FixtureRequest, text: Path, tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    words = train_tokenizer([text.read_text()], 280, tmp_path / "cache")
-    sizes = SIZES | {"vocab_size": len(words)}
-    folder = tmp_path / request.param
+def base(request: pytest.FixtureRequest, saved: Callable[..., Path]) -> Path:
     if request.param == "llama":
-        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
-    else:
-        config = MixtralConfig(**sizes, num_local_experts=4)
-        MixtralForCausalLM(config).save_pretrained(folder)
-    words.save_pretrained(str(folder))
-    return folder
+        return saved("llama", LlamaConfig, intermediate_size=24)
+    return saved("mixtral", MixtralConfig, intermediate_size=24, num_local_experts=4)
 
 
 def loss_of(moekit: Moekit, model: object, text: Path) -> float:

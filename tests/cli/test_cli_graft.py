@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from command_line import Moekit
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
-
-from moekit.data import train_tokenizer
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 
 @pytest.fixture
-def mixtral(text: Path, tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    words = train_tokenizer([text.read_text()], 280, tmp_path / "cache")
-    config = MixtralConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    folder = tmp_path / "mixtral"
-    MixtralForCausalLM(config).save_pretrained(folder)
-    words.save_pretrained(str(folder))
-    return folder
+def mixtral(saved: Callable[..., Path]) -> Path:
+    return saved("mixtral", MixtralConfig, intermediate_size=16, num_local_experts=4)
 
 
 def test_a_grafted_model_serves_the_other_commands(

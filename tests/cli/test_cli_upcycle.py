@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from command_line import Moekit
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from moekit.data import train_tokenizer
+from transformers import LlamaConfig
 
 
 @pytest.fixture
-def llama(text: Path, tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer([text.read_text()], 280, tmp_path / "cache")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    folder = tmp_path / "llama"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(str(folder))
-    return folder
+def llama(saved: Callable[..., Path]) -> Path:
+    return saved("llama", LlamaConfig, intermediate_size=16, initializer_range=0.3)
 
 
 def test_a_mixture_of_the_same_loss(moekit: Moekit, llama: Path, text: Path) -> None:
