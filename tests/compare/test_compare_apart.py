@@ -99,11 +99,11 @@ def test_how_a_worker_can_end(how: str, error: type[Exception], said: str) -> No
 
 def test_an_interrupt_while_a_worker_starts_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = _Worker("a run", _work, ("well",), (7,))
+    start = worker._process.start
 
     def interrupted() -> None:
-        monkeypatch.undo()  # a process that starts is pickled, and this function cannot be
         os.kill(os.getpid(), signal.SIGINT)
-        worker._process.start()
+        start()
 
     monkeypatch.setattr(worker._process, "start", interrupted)
     with pytest.raises(KeyboardInterrupt), worker:
