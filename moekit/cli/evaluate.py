@@ -60,6 +60,10 @@ def evaluate_command(
         str | None,
         typer.Option(help="Tasks of lm-evaluation-harness, comma-separated; needs lm-eval."),
     ] = None,
+    tasks_folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder of task files of your own for --tasks, as the harness has them."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Items of each file or task at most.", min=1)
     ] = None,
@@ -87,6 +91,8 @@ def evaluate_command(
         raise SpecError("there is nothing to measure; give --data, --choices or --tasks")
     if split not in SPLITS:
         raise SpecError(f"--split is {split!r}; wanted one of {', '.join(SPLITS)}")
+    if tasks_folder is not None and (tasks is None or not tasks_folder.is_dir()):
+        raise SpecError(f"--tasks-folder is {tasks_folder}; wanted a folder, and --tasks with it")
     if tasks is not None:
         require_harness()
     if output is not None:
@@ -110,7 +116,7 @@ def evaluate_command(
         }
         if tasks is not None:
             names = [name.strip() for name in tasks.split(",") if name.strip()]
-            found["tasks"] = harness_scores(model, words, names, batch_size, limit)
+            found["tasks"] = harness_scores(model, words, names, batch_size, limit, tasks_folder)
     if output is not None:
         write_json(output, found)
     if as_json:

@@ -11,9 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from moekit.data import train_tokenizer
-from moekit.errors import DataError, MissingExtraError
+from moekit.errors import DataError, MissingExtraError, SpecError
 from moekit.measure import ChoiceItem, ChoiceScores, read_choices, score_choices
-from moekit.measure.harness import require_harness
+from moekit.measure.harness import harness_scores, require_harness
 
 WORDS = "the cat sat on a mat and saw two dogs run far from home"
 
@@ -216,6 +216,47 @@ def test_files_without_items(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="no items"):
         read_choices(tmp_path / "empty.jsonl")
+
+
+TASK = """
+task: mine
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {items}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+
+
+@pytest.mark.filterwarnings("default")  # the harness's own, and those of what it stands on
+@pytest.mark.parametrize("kind", ["llama", "olmoe"])
+def test_the_harness_says_the_same(kind: str, tokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    model, known = model_of(kind, len(tokenizer)), items(7, 40)
+    rows = [  # the harness puts the space between context and choice itself
+        {
+            "context": item.context,
+            "choices": [choice.removeprefix(" ") for choice in item.choices],
+            "answer": item.answer,
+        }
+        for item in known
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.yaml").write_text(TASK.format(items=tmp_path / "items.jsonl"))
+    found = harness_scores(model, tokenizer, ["mine"], folder=tmp_path)["mine"]
+    ours = score_choices(model, tokenizer, known)
+    assert set(found) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+    assert found["acc"] == pytest.approx(ours.accuracy)
+    assert found["acc_norm"] == pytest.approx(ours.accuracy_normalized)
+    with pytest.raises(SpecError, match="no task nothing"):
+        harness_scores(model, tokenizer, ["nothing"], folder=tmp_path)
 
 
 def test_no_items_and_no_harness(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
