@@ -189,17 +189,21 @@ def _copies(
     neurons: tuple[Tensor, ...], spec: Upcycling, generator: torch.Generator
 ) -> ExpertWeights:
     """E copies of a feed-forward part, whose matrices have a row a hidden neuron."""
-    hidden, made = neurons[0].shape[0], []
-    for _ in range(spec.experts):
-        weights = [weight.clone() for weight in neurons]
+    hidden = neurons[0].shape[0]
+    bank = [weight.new_empty(spec.experts, *weight.shape) for weight in neurons]
+    for expert in range(spec.experts):
+        copies = [
+            weights_EHD[expert].copy_(weight)
+            for weights_EHD, weight in zip(bank, neurons, strict=True)
+        ]
         if spec.reinit:
             drawn = torch.randperm(hidden, generator=generator)[: round(spec.reinit * hidden)]
-            for weight in weights:
-                weight[drawn] = _normal(weight[drawn], weight, generator)
+            for copy, weight in zip(copies, neurons, strict=True):
+                copy[drawn] = _normal(copy[drawn], weight, generator)
         if spec.noise:
-            weights = [_noisy(weight, spec.noise, generator) for weight in weights]
-        made.append(weights)
-    gate_EHD, up_EHD, down_EHD = (torch.stack(parts) for parts in zip(*made, strict=True))
+            for copy in copies:
+                copy.copy_(_noisy(copy, spec.noise, generator))
+    gate_EHD, up_EHD, down_EHD = bank
     return ExpertWeights(gate=gate_EHD, up=up_EHD, down=down_EHD.transpose(1, 2))
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from memory_process import measured
 from safetensors.torch import load_file, save_file
 from surgery_models import CONFIGS, WIDTH, Blocks, own_config, random_model, tiny
 from torch import Tensor
@@ -219,9 +218,6 @@ def test_data_without_a_token_is_refused() -> None:
         record_model(tiny("olmoe"), Blocks(count=0))
 
 
-MEMORY = Path(__file__).with_name("recorder_memory.py")
-
-
 def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
     """The peak above what the process held before is a fraction of the checkpoint."""
     config = MoEDecoderConfig(
@@ -237,13 +233,7 @@ def test_memory_is_that_of_a_block(tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
     block = size / 12
     del model
-    done = subprocess.run(
-        [sys.executable, str(MEMORY), str(tmp_path / "model")],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    facts = json.loads(done.stdout.splitlines()[-1])
+    facts = measured("recorder_memory.py", tmp_path / "model")
     assert facts["blocks"] == 12
     activations = facts["state_bytes"] * 3
     assert size > 5 * (2 * block)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from memory_process import measured
 from safetensors.torch import load_file, save_file
 from test_upcycle_dense import DENSE, EVERY, dense_of, logits
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -21,7 +20,6 @@ from moekit.surgery import Upcycling, upcycle_checkpoint, upcycle_dense
 from moekit.training import SilentProgress
 
 SPEC = Upcycling(experts=3, k=2, reinit=0.25, noise=0.1, seed=5)
-MEMORY = Path(__file__).with_name("upcycle_memory.py")
 
 
 @pytest.fixture
@@ -77,16 +75,11 @@ def test_memory_is_that_of_a_layer(tmp_path: Path) -> None:
         num_key_value_heads=4,
     )
     dense_of(config).save_pretrained(tmp_path / "dense", max_shard_size="30MB")
-    done = subprocess.run(
-        [sys.executable, str(MEMORY), str(tmp_path / "dense"), str(tmp_path / "out")],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    facts = json.loads(done.stdout.splitlines()[-1])
+    facts = measured("upcycle_memory.py", tmp_path / "dense", tmp_path / "out")
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     layer = size / 12
-    assert facts["peak"] - facts["before"] < 20e6 + 4 * layer < size / 2
+    # A shard that fills, a layer's experts, and their copy in the layout that is stored.
+    assert facts["peak"] - facts["before"] < 20e6 + 3 * layer < size / 3, facts
 
 
 def test_an_interrupted_run_leaves_nothing(folder: Path, tmp_path: Path) -> None:
