@@ -13,9 +13,7 @@ writes a JSON file, a Markdown table and a plot; runs that are done are not run 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
 import random
 import statistics
 import time
@@ -166,19 +164,9 @@ def measured(folder: Path, arm: Arm, texts: Texts, seed: int) -> dict[str, Any]:
         return {"diverged": str(error)}
     return {
         "seconds": time.perf_counter() - started,
-        "matched_retain": matched(report.to_dict()["looks"]),
+        "matched_retain": report.retain_perplexity_at(UNTIL),
         **report.to_dict(),
     }
-
-
-def matched(looks: Sequence[dict[str, Any]]) -> float | None:
-    """Retain perplexity where forget perplexity is ``UNTIL`` times the first; None if never."""
-    wanted = math.log(UNTIL * looks[0]["forget_perplexity"])
-    points = [(math.log(k["forget_perplexity"]), math.log(k["retain_perplexity"])) for k in looks]
-    for (f0, r0), (f1, r1) in itertools.pairwise(points):
-        if f0 < wanted <= f1:
-            return math.exp(r0 + (r1 - r0) * (wanted - f0) / (f1 - f0))
-    return None
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

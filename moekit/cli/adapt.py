@@ -17,7 +17,7 @@ from moekit.cli import options as opt
 from moekit.cli.checkpoint import load_base
 from moekit.cli.progress import StudyBars
 from moekit.cli.result import require_free, write_model
-from moekit.data import load_tokenizer, prepare
+from moekit.data import PairData, PairSpec, TextData, load_tokenizer, prepare, prepare_pairs
 from moekit.errors import SpecError
 from moekit.surgery.adapt import (
     AdaptSpec,
@@ -37,6 +37,7 @@ EXAMPLES = """\
   moekit adapt my/llama --data my/texts --output runs/adapter
   moekit adapt my/qwen --data notes.jsonl --experts 4 --rank 16 --steps 1000
   moekit adapt my/olmoe --data my/texts --rank 8 --no-attention
+  moekit adapt my/llama --data answers.jsonl --completions --output runs/assistant
   moekit evaluate runs/adapter --data my/texts
 """
 MERGE_EXAMPLES = """\
@@ -79,6 +80,20 @@ def adapt_command(
     accumulate: opt.Accumulate = 4,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
     text_column: opt.TextColumn = None,
+    completions: Annotated[
+        bool,
+        typer.Option(
+            "--completions",
+            help="The data hold prompts and completions, or conversations (messages): only "
+            "completions, or what the assistant says, are learned.",
+        ),
+    ] = False,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="With --completions: column of the prompt.")
+    ] = None,
+    completion_column: Annotated[
+        str | None, typer.Option(help="With --completions: column of the completion.")
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(help="Folder or hub name of a tokenizer. Default: the checkpoint's."),
@@ -96,7 +111,8 @@ def adapt_command(
     experts. The model's weights are only read; the adapter is a small folder that the other
     commands take in the place of a checkpoint.
 
-    A twentieth of the text is held out. An interrupted run goes on when the command is run again.
+    --completions trains on answers alone: rows with prompt and completion, or with messages. A
+    twentieth of the data is held out. An interrupted run goes on when the command is run again.
     """
     where = opt.device_of(device)
     spec = AdaptSpec(
@@ -118,13 +134,22 @@ def adapt_command(
         check_every=check_every,
         seed=seed,
     )
+    if not completions and (prompt_column or completion_column):
+        raise SpecError("a column of prompts or completions is named; add --completions")
+    if completions and text_column:
+        raise SpecError("--text-column is of whole texts; leave it out, or leave --completions out")
     require_free(output)
     model: Any = nn.Module.to(load_base(checkpoint), where)
     words = load_tokenizer(tokenizer or checkpoint)
     install_adapter(model, spec)
+    found: TextData | PairData
     with StudyBars(quiet=quiet) as bars:
-        text = opt.text_spec(data, text_column, tokenizer or checkpoint, 4096, sequence_length)
-        found = prepare(text.replace(seed=seed), progress=bars.preparing())
+        if completions:
+            pairs = PairSpec(data, prompt_column, completion_column, sequence_length, seed=seed)
+            found = prepare_pairs(pairs, words, bars.preparing())
+        else:
+            text = opt.text_spec(data, text_column, tokenizer or checkpoint, 4096, sequence_length)
+            found = prepare(text.replace(seed=seed), progress=bars.preparing())
     work = output.with_name(f".{output.name}.work")
     reporter = SilentProgress() if quiet else RichProgress()
     report = fit_adapter(model, found.train, found.validation, fit, work=work, reporter=reporter)

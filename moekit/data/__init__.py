@@ -9,17 +9,21 @@ torch.Size([256])
 from moekit.data.blocks import PackedDataset
 from moekit.data.document import Document
 from moekit.data.packed import ProgressHook, TextData, TextSpec, prepare
+from moekit.data.pairs import PairData, PairSpec, prepare_pairs
 from moekit.data.sources import read_documents
 from moekit.data.tokenizer import load_tokenizer, train_tokenizer
 
 __all__ = [
     "Document",
     "PackedDataset",
+    "PairData",
+    "PairSpec",
     "ProgressHook",
     "TextData",
     "TextSpec",
     "load_tokenizer",
     "prepare",
+    "prepare_pairs",
     "read_documents",
     "train_tokenizer",
 ]

@@ -6,8 +6,9 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -124,20 +125,19 @@ def _read_text(path: Path) -> Iterator[Document]:
 
 
 def _read_json_lines(path: Path, columns: Columns) -> Iterator[Document]:
-    lines = _objects(path)
+    lines = json_objects(path)
     first = next(lines, None)
     if first is None:
         raise DataError(f"{path} is empty; give one JSON object with text a line")
-
-    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
-        yield first
-        yield from lines
-
-    return documents_from_rows(rows(), list(first[1]), columns, str(path))
+    return documents_from_rows(chain([first], lines), list(first[1]), columns, str(path))
 
 
-def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's name and object."""
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's name for messages, and its object.
+
+    Raises:
+        DataError: if the file cannot be read, is not UTF-8, or a line is no JSON object.
+    """
     try:
         with _open_text(path) as file:
             for number, line in enumerate(file, start=1):
@@ -171,33 +171,48 @@ def _open_text(path: Path) -> IO[str]:
 
 def _first_line_has_text(path: Path, columns: Columns) -> bool:
     try:
-        _, first = next(_objects(path), (None, {}))
+        _, first = next(json_objects(path), (None, {}))
         return columns.text_in(list(first), str(path)) in first
     except DataError:
         return False
 
 
-def _read_parquet(path: Path, columns: Columns) -> Iterator[Document]:
+def parquet_rows(
+    path: Path, wanted: Callable[[Sequence[str]], Collection[str]] = list
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row's name for messages, and its columns.
+
+    Args:
+        path: the file.
+        wanted: given the columns that there are, those to read.
+
+    Raises:
+        DataError: if the file cannot be read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with path.open("rb") as opened:
             file = pq.ParquetFile(opened)
-            available = list(file.schema_arrow.names)
-            wanted = {
-                columns.text_in(available, str(path)),
-                columns.group_in(available, str(path)),
-                columns.split_in(available, str(path)),
-            }
-            batches = file.iter_batches(
-                batch_size=_ROWS, columns=[name for name in available if name in wanted]
-            )
+            columns = wanted(file.schema_arrow.names)
+            names = [name for name in file.schema_arrow.names if name in columns]
+            batches = file.iter_batches(batch_size=_ROWS, columns=names)
             rows = (row for batch in batches for row in batch.to_pylist())
-            named = ((f"{path}:{number}", row) for number, row in enumerate(rows))
-            yield from documents_from_rows(named, available, columns, str(path))
+            yield from ((f"{path}:{number}", row) for number, row in enumerate(rows))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as parquet: {_reason(error)}") from error
+
+
+def _read_parquet(path: Path, columns: Columns) -> Iterator[Document]:
+    def wanted(available: Sequence[str]) -> Collection[str]:
+        kinds = (columns.text_in, columns.group_in, columns.split_in)
+        return {name for kind in kinds if (name := kind(available, str(path)))}
+
+    rows = parquet_rows(path, wanted)
+    first = next(rows, None)
+    if first is not None:
+        yield from documents_from_rows(chain([first], rows), list(first[1]), columns, str(path))
 
 
 def file_bytes(path: Path, columns: Columns) -> int:

@@ -55,15 +55,34 @@ class Hub:
             DataError: if the hub cannot be reached, or the data set is missing, private, or has no
                 text column.
         """
+        for name, rows in self._streams(skipped):
+            yield from self._split(name, rows)
+
+    def rows(self) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
+        """Stream each row's name for messages, its columns, and its split where it has one.
+
+        Raises:
+            DataError: if the hub cannot be reached, or the data set is missing or private.
+        """
+        for split, rows in self._streams(Counter()):
+            for number, row in enumerate(rows):
+                yield f"{self.description} ({split}):{number}", row, SPLIT_NAMES.get(split)
+
+    def _streams(self, skipped: Counter[str]) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
+        """The splits to read; whatever goes wrong in reading them says that it was the hub."""
         try:
             splits = self._splits()
             known = {name: rows for name, rows in splits.items() if name in SPLIT_NAMES}
             if known and len(known) < len(splits):
                 skipped["other split"] += len(splits) - len(known)
-            for name, rows in (known or splits).items():
-                yield from self._split(name, rows)
-        except DataError:
-            raise
+        except Exception as error:
+            raise self._refusal(error) from error
+        for name, rows in (known or splits).items():
+            yield name, self._readable(rows)
+
+    def _readable(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        try:
+            yield from rows
         except Exception as error:
             # datasets, huggingface_hub, fsspec and their HTTP clients each raise their own kinds,
             # with no common base, and all of them mean that this name could not be read.
@@ -77,9 +96,8 @@ class Hub:
         )
         return found
 
-    def _split(self, split: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
+    def _split(self, split: str, stream: Iterator[Mapping[str, Any]]) -> Iterator[Document]:
         where = f"{self.description} ({split})"
-        stream = iter(rows)
         first = next(stream, None)
         if first is None:
             return

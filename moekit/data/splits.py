@@ -43,7 +43,7 @@ def assign_splits(
         keys: ``content_key`` of each document, no two alike.
         given: the split that the source gives each, or ``None``.
         validation_share: share of documents for validation.
-        test_share: share of documents for test.
+        test_share: share of documents for test; 0 for no test split but what is given.
         seed: another seed is another draw.
 
     Raises:
@@ -52,7 +52,7 @@ def assign_splits(
     drawn = [
         (name, share)
         for name, share in (("test", test_share), ("validation", validation_share))
-        if name not in given
+        if share and name not in given
     ]
     split = np.array([SPLITS.index(name or "train") for name in given], dtype=np.int64)
     rank = np.array([_rank(key, seed) for key in keys])

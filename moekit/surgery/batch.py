@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from moekit.data.pairs import IGNORED
 from moekit.errors import DataError
 from moekit.measure.observe import TokenBlocks
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Batch:
 def batch_of(
     data: TokenBlocks, indices: Sequence[int], device: torch.device | str = "cpu"
 ) -> Batch:
-    """The blocks at ``indices``.
+    """The blocks at ``indices``, the shorter ones padded behind.
 
     A block's ``labels``, where it has them, say which tokens are predicted: those that are not
     -100. Padding never is, nor the token after it.
     """
     blocks = [data[index] for index in indices]
-    token_BT = torch.stack([block["input_ids"] for block in blocks])
-    label_BT = torch.stack([block.get("labels", block["input_ids"]) for block in blocks])
+    token_BT = _stacked([block["input_ids"] for block in blocks], 0)
+    label_BT = _stacked([block.get("labels", block["input_ids"]) for block in blocks], IGNORED)
     masks = [block.get("attention_mask", torch.ones_like(block["input_ids"])) for block in blocks]
-    mask_BT = torch.stack(masks)
+    mask_BT = _stacked(masks, 0)
     valid_BT = mask_BT.bool()
     is_target_BT = valid_BT[:, 1:] & valid_BT[:, :-1]
     target_BT = label_BT[:, 1:].masked_fill(~is_target_BT, IGNORED)
@@ -56,6 +56,10 @@ def batch_of(
         None if bool(valid_BT.all()) else mask_BT.to(device),
         target_BT.to(device),
     )
+
+
+def _stacked(values: list[Tensor], padding: int) -> Tensor:
+    return pad_sequence(values, batch_first=True, padding_value=padding)
 
 
 def batches_of(

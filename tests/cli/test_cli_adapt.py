@@ -7,13 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import Moekit
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MixtralConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
 SHORT = (
     *("--rank=4", "--steps=4", "--check-every=2", "--batch-size=2", "--accumulate=1"),
@@ -32,6 +29,21 @@ def loss_of(moekit: Moekit, model: object, text: Path) -> float:
     ended = moekit("evaluate", model, "--data", text, "--sequence-length=16", "--json")
     assert ended.code == 0, ended.err
     return float(json.loads(ended.out)["text"]["loss"])
+
+
+def completion_loss(base: Path, rows: list[dict[str, str]]) -> float:
+    """Mean nats a token of the held-out completions and the ends of text behind them."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    words = AutoTokenizer.from_pretrained(base)
+    nats: list[float] = []
+    for row in rows:
+        prompt = words(row["prompt"], add_special_tokens=False)["input_ids"]
+        after = words(row["completion"], add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([*prompt, *after, words.eos_token_id])
+        log_TV = model(input_ids=ids[None]).logits[0].log_softmax(-1).detach()
+        if row["split"] == "validation":
+            nats += [-float(log_TV[t - 1, ids[t]]) for t in range(len(prompt), len(ids))]
+    return sum(nats) / len(nats)
 
 
 def test_train_evaluate_generate_and_merge(moekit: Moekit, base: Path, text: Path) -> None:
@@ -55,6 +67,29 @@ def test_train_evaluate_generate_and_merge(moekit: Moekit, base: Path, text: Pat
     assert loss_of(moekit, "merged", text) == pytest.approx(adapted, rel=1e-5)
     plain = AutoModelForCausalLM.from_pretrained("merged")
     assert set(plain.state_dict()) == set(AutoModelForCausalLM.from_pretrained(base).state_dict())
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_completions_are_learned_and_prompts_are_not(
+    moekit: Moekit, base: Path, tmp_path: Path
+) -> None:
+    """The first look is what the model's own loss says of the completions' tokens, one by one."""
+    rows = [
+        {"prompt": f"{n} alpha {'gamma ' * n}", "completion": f"delta {n}", "split": split}
+        for n, split in enumerate(("train", "validation", "train", "validation", "validation"))
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--completions", "--experts=1", "--json", *SHORT, "--sequence-length=64")
+    ended = moekit("adapt", base, "--data", source, "--output=out", *options)
+    assert ended.code == 0, ended.err
+    looks = [look["held_out_loss"] for look in json.loads(ended.out)["looks"]]
+    assert looks[0] == pytest.approx(completion_loss(base, rows), rel=1e-4)
+    assert looks[-1] < looks[0]
+    whole = moekit("adapt", base, "--data", source, "--text-column=prompt", *options)
+    assert "--text-column is of whole texts" in whole.sentence
+    named = moekit("adapt", base, "--data", source, "--prompt-column=id")
+    assert "add --completions" in named.sentence
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moekit.data.fingerprint import digest_of
+from moekit.data.pairs import IGNORED
 from moekit.errors import DivergedError
 from moekit.measure.observe import TokenBlocks
 from moekit.spec import Spec
 from moekit.surgery.adapt.install import adapter_of, adapter_parameters
-from moekit.surgery.batch import IGNORED, Batch, batch_of, batches_of, require_tokens
+from moekit.surgery.batch import Batch, batch_of, batches_of, require_tokens
 from moekit.surgery.run_store import RunStore, optimiser_tensors, restore
 from moekit.training.order import ShuffledPasses
 from moekit.training.progress import ProgressReporter, SilentProgress
@@ -122,7 +123,8 @@ def fit_adapter(
 
     Args:
         model: with an adapter, on the device to run on; left in evaluation mode.
-        train: blocks to train on; where they have ``labels``, those say which tokens are predicted.
+        train: blocks to train on, of any lengths; where they have ``labels``, those say which
+            tokens are predicted.
         held_out: other blocks, for the looks.
         spec: the run.
         work: folder for what an interrupted run goes on from; None for none.
@@ -257,7 +259,10 @@ class _Fit:
 
     def _digest(self) -> str:
         """Of what must be equal for a run to go on: specs, data, and the model's name and size."""
-        ends = [self.train[index]["input_ids"].tolist() for index in (0, len(self.train) - 1)]
+        ends = [
+            {name: value.tolist() for name, value in self.train[index].items()}
+            for index in (0, len(self.train) - 1)
+        ]
         model = (self.model.config.name_or_path, sum(p.numel() for p in self.model.parameters()))
         adapter = adapter_of(self.model).to_dict()
         return digest_of([self.spec.to_dict(), adapter, len(self.train), ends, model])

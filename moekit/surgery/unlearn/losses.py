@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moekit.data.pairs import IGNORED
 from moekit.errors import SpecError
-from moekit.surgery.batch import IGNORED
 
 
 def token_nats(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moekit.data.pairs import IGNORED
 from moekit.errors import DataError
 from moekit.measure.fluctuation import Fluctuation, routing_fluctuation
 from moekit.measure.observe import TokenBlocks
 from moekit.routing import Routing
-from moekit.surgery.batch import IGNORED, batches_of
+from moekit.surgery.batch import batches_of
 from moekit.surgery.unlearn.losses import token_nats
 from moekit.surgery.view import BlockView, block_views
 

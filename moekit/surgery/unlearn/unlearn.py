@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,6 +82,23 @@ class UnlearnReport:
     def changed_share(self) -> float:
         """Share of the model's parameters that are no longer what they were."""
         return self.changed / self.parameters
+
+    def retain_perplexity_at(self, times: float) -> float | None:
+        """Perplexity on retain text where that on forget text was ``times`` what it was.
+
+        Runs are compared at equal forgetting, and looks are steps apart: between the two around
+        that point the logarithm of one perplexity is taken as linear in that of the other.
+
+        Returns:
+            None where there is no held-out retain text, or the run never came so far.
+        """
+        wanted = math.log(times * self.looks[0].forget_perplexity)
+        for one, other in itertools.pairwise(self.looks):
+            f0, f1 = (math.log(look.forget_perplexity) for look in (one, other))
+            if f0 < wanted <= f1 and one.retain_perplexity and other.retain_perplexity:
+                r0, r1 = math.log(one.retain_perplexity), math.log(other.retain_perplexity)
+                return math.exp(r0 + (r1 - r0) * (wanted - f0) / (f1 - f0))
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
