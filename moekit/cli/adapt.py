@@ -38,6 +38,7 @@ EXAMPLES = """\
   moekit adapt my/qwen --data notes.jsonl --experts 4 --rank 16 --steps 1000
   moekit adapt my/olmoe --data my/texts --rank 8 --no-attention
   moekit adapt my/llama --data answers.jsonl --completions --output runs/assistant
+  moekit adapt my/llama --data my/texts --experts 4 --null 5 --k 4 --combine normalized
   moekit evaluate runs/adapter --data my/texts
 """
 MERGE_EXAMPLES = """\
@@ -54,14 +55,30 @@ def adapt_command(
     experts: Annotated[
         int, typer.Option(help="LoRA experts of each dense feed-forward part; 1 is plain LoRA.")
     ] = 3,
-    k: Annotated[int, typer.Option("--k", help="LoRA experts a token.")] = 1,
+    null: Annotated[
+        int,
+        typer.Option(
+            help="Experts beside them that compute nothing, so that a token may "
+            "use fewer (AdaMoE); with --combine normalized or gate."
+        ),
+    ] = 0,
+    k: Annotated[int, typer.Option("--k", help="LoRA experts a token, null ones included.")] = 1,
+    routers: Annotated[
+        str,
+        typer.Option(
+            help="part: one a feed-forward part. linear: one a projection, attention's too, which "
+            "then gets LoRA experts as well."
+        ),
+    ] = "part",
+    router_bias: Annotated[bool, typer.Option(help="Give routers a bias.")] = True,
     rank: Annotated[int, typer.Option(help="Rank of every LoRA pair.")] = 32,
     alpha: Annotated[float, typer.Option(help="An update is scaled by alpha / rank.")] = 64.0,
     dropout: Annotated[float, typer.Option(help="Dropout before every LoRA pair.")] = 0.05,
     combine: Annotated[
         str,
         typer.Option(
-            help="How a token's experts are combined: sparse_ste, hard, gate, ste or soft."
+            help="How a token's experts are combined: sparse_ste, hard, gate, normalized, ste or "
+            "soft."
         ),
     ] = "sparse_ste",
     balance: Annotated[float, typer.Option(help="Weight of the balance loss.")] = 0.01,
@@ -117,7 +134,10 @@ def adapt_command(
     where = opt.device_of(device)
     spec = AdaptSpec(
         experts=experts,
+        null=null,
         k=k,
+        routers=routers,  # type: ignore[arg-type]  # the spec looks
+        router_bias=router_bias,
         rank=rank,
         alpha=alpha,
         dropout=dropout,

@@ -108,12 +108,31 @@ def test_a_mixture_is_merged_by_expert_only(moekit: Moekit, base: Path, text: Pa
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_null_experts_and_a_router_at_each_projection(
+    moekit: Moekit, base: Path, text: Path
+) -> None:
+    adamoe = ("--null=2", "--k=2", "--combine=normalized", "--routers=linear", "--no-router-bias")
+    ended = moekit("adapt", base, "--data", text, "--output=out", "--json", *adamoe, *SHORT)
+    assert ended.code == 0, ended.err
+    names = set(load_file("out/adapter.safetensors"))
+    layer = "model.layers.0."
+    assert f"{layer}self_attn.q_proj.mole_router.linear.weight" in names
+    assert f"{layer}mlp.up_proj.mole_router.linear.weight" in names
+    assert not any(name.endswith("bias") for name in names)
+    looks = json.loads(ended.out)["looks"]
+    assert loss_of(moekit, "out", text) < loss_of(moekit, base, text)
+    assert looks[-1]["held_out_loss"] < looks[0]["held_out_loss"]
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--rank=0"], "rank is 0"),
         (["--experts=2", "--k=3"], "k is 3"),
         (["--combine=mean"], "combine"),
+        (["--null=2"], "wanted normalized or gate"),
+        (["--routers=layer"], "routers"),
         (["--steps=0"], "steps is 0"),
         (["--output=llama"], "llama is there already"),
     ],

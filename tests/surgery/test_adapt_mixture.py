@@ -118,6 +118,8 @@ class Loop(nn.Module):
                 return p_E
             case "gate":
                 return chosen * p_E
+            case "normalized":
+                return chosen * p_E / (chosen * p_E).sum()
             case "ste":
                 return chosen / self.spec.k + p_E - p_E.detach()
             case "sparse_ste":
@@ -225,7 +227,9 @@ def test_straight_through_modes_compute_what_hard_does_to_the_bit(training: bool
 
 @pytest.mark.parametrize("combine", MODES)
 def test_the_task_teaches_the_router_in_every_mode_but_hard(combine: Combine) -> None:
-    model = adapted(SPEC.replace(combine=combine, balance=0.0)).train()
+    # Of one expert alone the normalized weight is 1, which teaches nothing.
+    k = 2 if combine == "normalized" else 1
+    model = adapted(SPEC.replace(combine=combine, balance=0.0, k=k)).train()
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     for name, parameter in adapter_parameters(model).items():
         if "mole_router" in name:
@@ -354,6 +358,9 @@ def test_where_the_domains_go() -> None:
         ({"alpha": 0.0}, "alpha"),
         ({"dropout": 1.0}, "dropout"),
         ({"balance": -1.0}, "balance"),
+        ({"null": -1}, "null is -1"),
+        ({"null": 2}, "wanted normalized or gate"),
+        ({"null": 2, "combine": "gate", "k": 6}, "k is 6; wanted 1 to 5"),
         ({"feed_forward": False, "attention": False}, "nothing would be adapted"),
     ],
 )

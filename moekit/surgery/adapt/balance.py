@@ -19,9 +19,12 @@ def mole_loss(
 ) -> Tensor:
     """The balance loss of the model's last call, without its weight.
 
+    Null experts each count with the mean share of all of them, so that only their sum matters
+    (AdaMoE, arXiv 2406.13233, eq. of the null-aware loss).
+
     ``mean_b Σ_e c_be p_be``, with c the share of a sequence's tokens (and slots) that chose an
     expert, without gradient, and p its mean probability: 1 / E at perfect balance (LLaVA-MoLE,
-    official code, where it is not multiplied by E). Layer by layer, then their mean.
+    official code, where it is not multiplied by E). Router by router, then their mean.
 
     Args:
         model: with mixtures installed; it has been called in this step.
@@ -39,11 +42,20 @@ def mole_loss(
         valid_BT1 = _valid(path, mixed, attention_mask)
         chosen_NE = F.one_hot(mixed.expert_NK, mixed.probability_NE.shape[1]).sum(1)
         chosen_NE = chosen_NE / mixed.expert_NK.shape[1]
-        shares.append((_mean(chosen_NE, valid_BT1), _mean(mixed.probability_NE, valid_BT1)))
+        c_BE = _of_nulls(_mean(chosen_NE, valid_BT1), router.spec.experts)
+        shares.append((c_BE, _mean(mixed.probability_NE, valid_BT1)))
     c_LBE, p_LBE = (torch.stack(parts) for parts in zip(*shares, strict=True))
     if pooled:
         c_LBE, p_LBE = c_LBE.mean(0), p_LBE.mean(0)
     return (c_LBE.detach() * p_LBE).sum(-1).mean()
+
+
+def _of_nulls(c_BE: Tensor, experts: int) -> Tensor:
+    """Each null expert with the mean share of all."""
+    if c_BE.shape[1] == experts:
+        return c_BE
+    null_B1 = c_BE[:, experts:].mean(1, keepdim=True)
+    return torch.cat([c_BE[:, :experts], null_B1.expand(-1, c_BE.shape[1] - experts)], 1)
 
 
 def routers_of(model: nn.Module) -> dict[str, MixtureRouter]:
@@ -96,7 +108,8 @@ class LayerRouting:
 
     Attributes:
         router: its path.
-        share_DE: of each domain's tokens, the share that went to each expert.
+        share_DE: of each domain's choices, the share that fell on each expert; null experts are
+            one, behind the others.
         information: mutual information of domain and expert over the entropy of the domain: 0 if
             experts tell nothing of it, 1 if they tell it.
     """
@@ -143,8 +156,9 @@ def routing_report(
                 "each"
             )
         domain_N = domain_B[:, None].expand_as(valid_BT)[valid_BT]
-        expert_NK = mixed.expert_NK.cpu()[valid_BT.flatten()]
-        found.append(layer_routing(path, domain_N, expert_NK, mixed.probability_NE.shape[1]))
+        spec = router.spec
+        expert_NK = mixed.expert_NK.cpu()[valid_BT.flatten()].clamp_max(spec.experts)
+        found.append(layer_routing(path, domain_N, expert_NK, spec.experts + min(spec.null, 1)))
     return found
 
 

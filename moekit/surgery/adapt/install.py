@@ -55,7 +55,8 @@ def install_adapter(model: PreTrainedModel, spec: AdaptSpec) -> PreTrainedModel:
     parts = parts_of(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    attention = [name for part in parts for name in part.attention] if spec.attention else []
+    linears = [name for part in parts for name in part.attention] if spec.attention else []
+    attention = [] if spec.everywhere else linears
     fused = [name for part in parts for name in part.fused] if spec.feed_forward else []
     own = [path for path in fused if is_own(model, path)]
     others = [path for path in fused if path not in own]
@@ -63,12 +64,13 @@ def install_adapter(model: PreTrainedModel, spec: AdaptSpec) -> PreTrainedModel:
         inject(model, attention, others, spec)
     for path in own:
         update_experts(model, path, spec)
-    if spec.feed_forward:
-        for part in parts:
-            if part.projections:
-                inside = [p.removeprefix(f"{part.feed_forward}.") for p in part.projections]
-                install_mixture(model.get_submodule(part.feed_forward), inside, spec)
-    mixed = spec.mixed and any(part.projections for part in parts)
+    for path in linears if spec.everywhere else []:
+        owner, _, name = path.rpartition(".")
+        install_mixture(model.get_submodule(owner), [name], spec)
+    for part in parts if spec.feed_forward else []:
+        inside = [p.removeprefix(f"{part.feed_forward}.") for p in part.projections]
+        install_mixture(model.get_submodule(part.feed_forward), inside, spec)
+    mixed = any(isinstance(module, MixtureRouter) for module in model.modules())
     hook = model.register_forward_hook(_add_balance, with_kwargs=True) if mixed else None
     setattr(model, _INSTALLED, (spec, hook))
     return model
@@ -114,22 +116,31 @@ def _require_plain(model: nn.Module) -> None:
 
 
 def install_mixture(part: nn.Module, projections: Sequence[str], spec: AdaptSpec) -> None:
-    """Put LoRA experts on the projections of one feed-forward part, and a router in it.
+    """Put LoRA experts on the projections of one part, with a router for all or one for each.
 
     Args:
-        part: called with tokens (..., D) alone.
+        part: called with tokens (..., D) alone, where one router is for all.
         projections: paths in ``part``; the first one takes tokens.
         spec: sizes and combination.
     """
     router = None
-    if spec.experts > 1:
-        first = part.get_submodule(projections[0])
-        weight: Tensor = first.weight  # type: ignore[assignment]
-        router = MixtureRouter(sizes_of(first)[1], spec, weight)
-        part.add_module(ROUTER, router)
-        part.register_forward_pre_hook(_route, with_kwargs=True)
+    if spec.routed and spec.routers == "part" and projections:
+        router = _add_router(part, part.get_submodule(projections[0]), spec)
     for path in projections:
-        part.set_submodule(path, LoRAExperts(part.get_submodule(path), router, spec))
+        linear = part.get_submodule(path)
+        experts = LoRAExperts(linear, router, spec)
+        if spec.routed and spec.routers == "linear":
+            experts.follow(_add_router(experts, linear, spec))
+        part.set_submodule(path, experts)
+
+
+def _add_router(owner: nn.Module, linear: nn.Module, spec: AdaptSpec) -> MixtureRouter:
+    """A router that decides whenever ``owner`` is called, from what ``linear`` takes as well."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    router = MixtureRouter(sizes_of(linear)[1], spec, weight)
+    owner.add_module(ROUTER, router)
+    owner.register_forward_pre_hook(_route, with_kwargs=True)
+    return router
 
 
 def _route(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

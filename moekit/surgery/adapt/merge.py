@@ -34,7 +34,7 @@ def merge_adapter(model: PreTrainedModel, expert: int | None = None) -> PreTrain
     """
     spec = adapter_of(model)
     adapted = {p: m for p, m in model.named_modules() if isinstance(m, LoRAExperts)}
-    if adapted and spec.experts > 1:
+    if adapted and spec.routed:
         if expert is None:
             raise SpecError(
                 f"{next(iter(adapted))} has {spec.experts} LoRA experts, which differ from token "
@@ -43,7 +43,7 @@ def merge_adapter(model: PreTrainedModel, expert: int | None = None) -> PreTrain
             )
         _require_expert(expert, spec.experts)
     for path, module in adapted.items():
-        base, chosen = module.base, expert if spec.experts > 1 and expert is not None else 0
+        base, chosen = module.base, expert if spec.routed and expert is not None else 0
         weight: Tensor = base.weight  # type: ignore[assignment]
         update_OI = module.matrix(chosen)
         update = update_OI if isinstance(base, nn.Linear) else update_OI.T

@@ -21,7 +21,7 @@ class Mixed:
     Attributes:
         shape: the call's leading sizes, such as (B, T); N is their product.
         probability_NE: the router's softmax over LoRA experts.
-        expert_NK: the experts that each token uses.
+        expert_NK: the experts that each token chose; null ones come behind the others.
         plan: their rows and combine weights; None where all experts are combined.
     """
 
@@ -42,7 +42,13 @@ class MixtureRouter(nn.Module):
     def __init__(self, width: int, spec: AdaptSpec, like: Tensor) -> None:
         super().__init__()
         self.spec = spec
-        self.linear = nn.Linear(width, spec.experts, device=like.device, dtype=adapter_dtype(like))
+        self.linear = nn.Linear(
+            width,
+            spec.experts + spec.null,
+            bias=spec.router_bias,
+            device=like.device,
+            dtype=adapter_dtype(like),
+        )
         self.mixed: Mixed | None = None
         self.forced: int | None = None
 
@@ -54,7 +60,7 @@ class MixtureRouter(nn.Module):
         expert_NK = probability_NE.topk(self.spec.k).indices
         if self.forced is not None:
             expert_NK = torch.full_like(expert_NK[:, :1], self.forced)
-        plan = None if self._dense() else self._plan(probability_NE, expert_NK)
+        plan = None if self._dense() else self._plan(logit_NE, probability_NE, expert_NK)
         self.mixed = Mixed(tuple(x.shape[:-1]), probability_NE, expert_NK, plan)
 
     @property
@@ -66,15 +72,21 @@ class MixtureRouter(nn.Module):
     def _dense(self) -> bool:
         return self.spec.combine == "soft" and self.forced is None
 
-    def _plan(self, probability_NE: Tensor, expert_NK: Tensor) -> Plan:
+    def _plan(self, logit_NE: Tensor, probability_NE: Tensor, expert_NK: Tensor) -> Plan:
         weight_NK = torch.full_like(probability_NE[:, : expert_NK.shape[1]], 1 / expert_NK.shape[1])
+        null_NK = expert_NK >= self.spec.experts
         if self.forced is None:
             chosen_NK = probability_NE.gather(1, expert_NK)
             if self.spec.combine == "gate":
                 weight_NK = chosen_NK
+            elif self.spec.combine == "normalized":
+                weight_NK = _softmax_without(null_NK, logit_NE.gather(1, expert_NK))
             elif self.spec.combine == "sparse_ste":
                 weight_NK = weight_NK + (chosen_NK - chosen_NK.detach())  # adds 0 and a gradient
-        routing = Routing(expert_NK, weight_NK, self.spec.experts, full=True)
+        full = self.spec.null == 0
+        if not full:
+            expert_NK, weight_NK = expert_NK.masked_fill(null_NK, -1), weight_NK * ~null_NK
+        routing = Routing(expert_NK, weight_NK, self.spec.experts, full=full)
         return plan_rows(routing, [(0, self.spec.experts)], GroupedMM)
 
 
@@ -83,14 +95,14 @@ class LoRAExperts(nn.Module):
 
     Args:
         base: ``torch.nn.Linear`` or transformers' ``Conv1D``; used as it is.
-        router: of the feed-forward part; None for one expert.
+        router: whose choice they follow; None for one expert.
         spec: sizes and combination.
     """
 
     def __init__(self, base: nn.Module, router: MixtureRouter | None, spec: AdaptSpec) -> None:
         super().__init__()
         self.base, self.spec = base, spec
-        object.__setattr__(self, "router", router)  # a submodule of the part, not of each of these
+        self.follow(router)
         out, inner = sizes_of(base)
         like: Tensor = base.weight  # type: ignore[assignment]
         own = torch.empty(0, device=like.device, dtype=adapter_dtype(like))
@@ -99,6 +111,10 @@ class LoRAExperts(nn.Module):
         for pair_rI in self.lora_A:
             nn.init.kaiming_uniform_(pair_rI, a=math.sqrt(5))
         self.dropout = nn.Dropout(spec.dropout)
+
+    def follow(self, router: MixtureRouter | None) -> None:
+        """Do what ``router`` decides, which is a module of another part and not of this one."""
+        object.__setattr__(self, "router", router)
 
     @property
     def weight(self) -> Tensor:
@@ -132,6 +148,16 @@ class LoRAExperts(nn.Module):
     def matrix(self, expert: int) -> Tensor:
         """The update of one expert as a matrix (O, I)."""
         return self.spec.scale * (self.lora_B[expert] @ self.lora_A[expert])
+
+
+def _softmax_without(null_NK: Tensor, logit_NK: Tensor) -> Tensor:
+    """Softmax over the slots of a token that hold no null expert; all zero where none does.
+
+    Of the chosen logits and not of probabilities, which are zero beside a null expert that is far
+    ahead.
+    """
+    lowest = torch.finfo(logit_NK.dtype).min
+    return logit_NK.masked_fill(null_NK, lowest).softmax(-1).masked_fill(null_NK, 0.0)
 
 
 def _combined(x_NI: Tensor, weight_NE: Tensor, a_ErI: Tensor, b_EOr: Tensor) -> Tensor:
