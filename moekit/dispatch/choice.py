@@ -25,7 +25,8 @@ from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
 BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "triton", "loop"]
 
 # Where on a CPU one backend overtakes another, measured. Our own kernels are ahead at any size in
-# float32, and in bfloat16 up to so many rows an expert; fewer where a backward pass follows.
+# float32, and in bfloat16 where they multiply in pairs; where not, up to so many rows an expert,
+# fewer where a backward pass follows.
 NATIVE_IN_HALF = 128
 NATIVE_IN_HALF_TRAINING = 32
 # Elsewhere: elements of an expert's first weight, and the same times its rows, which is a third of
@@ -141,8 +142,10 @@ def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend:
     rows = len(plan.assignment_R)
     rows_an_expert = rows / max(1, min(rows, experts))
     whole = x_ND.dtype in (torch.float32, torch.float64)
-    few = NATIVE_IN_HALF_TRAINING if _training(x_ND, bank) else NATIVE_IN_HALF
-    if (whole or rows_an_expert <= few) and Native.takes(x_ND, bank):
+    training = _training(x_ND, bank)
+    few = NATIVE_IN_HALF_TRAINING if training else NATIVE_IN_HALF
+    ahead = whole or rows_an_expert <= few or Native.in_pairs(bank, training)
+    if ahead and Native.takes(x_ND, bank):
         return Native()
     if whole and rows_an_expert <= FEW and inner * width >= SMALL_EXPERT:
         return FewRows()

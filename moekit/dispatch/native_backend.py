@@ -36,14 +36,23 @@ class Native(Backend):
         laid = all(weight.stride(2) == 1 for weight in weights)
         return x_ND.device.type == "cpu" and fits and alike and laid and library() is not None
 
+    @staticmethod
+    def in_pairs(bank: FeedForward, training: bool) -> bool:
+        """Whether rows of bfloat16, if they are many, run in pairs, faster than anything else."""
+        kernels = library()
+        biased = bank.up_bias_EJ is not None or bank.down_bias_EO is not None
+        if kernels is None or (training and biased):
+            return False
+        width, hidden = bank.up_EJD.shape[2], bank.down_EOH.shape[2]
+        return bool(kernels.moekit_has_pairs(width, hidden, bank.out_width))
+
     def forward(
         self, x_ND: Tensor, plan: Plan, bank: FeedForward, keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        rows, inner, hidden = len(plan.assignment_R), bank.up_EJD.shape[1], bank.down_EOH.shape[2]
+        rows, inner = len(plan.assignment_R), bank.up_EJD.shape[1]
         call = NativeCall(x_ND, plan, bank)
         kept = [call.room("inner_RJ", rows, inner, dtype=x_ND.dtype)] if keep else []
-        call.room("outer_RH", rows, hidden, dtype=x_ND.dtype)
-        call.room("out_RO", rows, bank.out_width)
+        call.room("out_RO", rows, bank.out_width, dtype=x_ND.dtype)
         y_NO = call.room("y_NO", x_ND.shape[0], bank.out_width, dtype=x_ND.dtype)
         call.run("forward")
         return y_NO, kept
@@ -61,23 +70,24 @@ class Native(Backend):
         call = NativeCall(x_ND, plan, bank)
         call.give("inner_RJ", inner[0])
         call.give_rows("grad_NO", "grad_ld", grad_NO)
-        grad_RO = call.room("grad_RO", rows, bank.out_width)
-        call.room("back_RH", rows, hidden)
-        call.room("scaled_RH", rows, hidden)
-        back_RJ = call.room("back_RJ", rows, 2 * hidden)
+        paired = call.ask_for_pairs()
+        between: dict[str, Tensor] = {}
+        if not paired:
+            sizes = {"grad_RO": bank.out_width, "back_RH": hidden, "scaled_RH": hidden}
+            sizes |= {"back_RJ": 2 * hidden, "rows_RD": width if wanted.up else 0}
+            between = {name: call.room(name, rows, size) for name, size in sizes.items()}
         grad_R = call.room("grad_R", rows)
         found = Gradients()
         if wanted.x:
-            call.room("back_RD", rows, width)
+            call.room("back_RD", rows, width, dtype=x_ND.dtype if paired else torch.float32)
             grad_x_ND = call.room("grad_x_ND", *x_ND.shape, dtype=x_ND.dtype)
             found = found._replace(x_ND=grad_x_ND)
         if wanted.up:
-            call.room("rows_RD", rows, width)
             found = found._replace(up_EJD=call.gradient("grad_up_EJD", bank.up_EJD))
         if wanted.down:
             found = found._replace(down_EOH=call.gradient("grad_down_EOH", bank.down_EOH))
         call.run("backward")
-        return self._others(found, plan, bank, wanted, grad_RO, back_RJ, grad_R)
+        return self._others(found, plan, bank, wanted, grad_R, between)
 
     def _others(
         self,
@@ -85,22 +95,23 @@ class Native(Backend):
         plan: Plan,
         bank: FeedForward,
         wanted: Wanted,
-        grad_RO: Tensor,
-        back_RJ: Tensor,
         grad_R: Tensor,
+        between: dict[str, Tensor],
     ) -> Gradients:
         """The gradients of combine weights and biases, from what the kernels left."""
         groups, bias_EO = plan.groups, bank.down_bias_EO
         if wanted.weight:
             if bias_EO is not None:
-                grad_R = grad_R + torch.linalg.vecdot(grad_RO, groups.of_row(bias_EO.float()))
+                grad_R = grad_R + torch.linalg.vecdot(
+                    between["grad_RO"], groups.of_row(bias_EO.float())
+                )
             found = found._replace(weight_NK=slot_gradient(grad_R, plan))
         if wanted.up_bias:
-            up_bias_EJ = per_expert(back_RJ, plan).to(bank.up_EJD.dtype)
+            up_bias_EJ = per_expert(between["back_RJ"], plan).to(bank.up_EJD.dtype)
             found = found._replace(up_bias_EJ=up_bias_EJ)
         if wanted.down_bias:
             weight_R1 = plan.weight_NK.flatten()[plan.assignment_R].float()[:, None]
-            down_bias_EO = per_expert(grad_RO * weight_R1, plan).to(bank.down_EOH.dtype)
+            down_bias_EO = per_expert(between["grad_RO"] * weight_R1, plan).to(bank.down_EOH.dtype)
             found = found._replace(down_bias_EO=down_bias_EO)
         return found
 
@@ -165,6 +176,13 @@ class NativeCall:
         if tensor.nbytes >= ONE_THREAD_WRITES:
             self.fields.threads = torch.get_num_threads()
         return tensor
+
+    def ask_for_pairs(self) -> bool:
+        """Let a backward pass run in pairs of bfloat16 where it can; whether it does."""
+        asked = ctypes.byref(self.fields)
+        if self.dtype == torch.bfloat16:
+            self.fields.in_pairs = _kernels().moekit_runs_in_pairs(asked)
+        return bool(self.fields.in_pairs)
 
     def run(self, name: str) -> None:
         """Run a pass."""

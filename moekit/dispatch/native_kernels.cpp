@@ -2,7 +2,7 @@
 //
 // Rows are sorted by expert: expert e has the rows start[e] to start[e + 1], each a token's copy in
 // name only, since products read tokens where they lie. Every weight is read once, in the layout it
-// has, whatever the number of rows; nothing is packed, padded or transposed in memory.
+// has; only for many rows of bfloat16 a block of weights at a time is laid out anew in the cache.
 //
 // Letters are those of the library: N tokens, K slots a token, R rows, E experts, D width in, J
 // width before the activation (2 H), H after it, O width out. Sizes are int64; a leading dimension
@@ -11,11 +11,13 @@
 
 #include "native_products.h"
 
+#include <numeric>
+
 namespace {
 
 // out[n] = Σ_k weight[n][k] rows[place[n][k]]; a slot without a row has place -1.
-template <class T>
-void combine(Size tokens, Size slots, const Size* place, const float* weight, const float* rows,
+template <class Row, class T>
+void combine(Size tokens, Size slots, const Size* place, const float* weight, const Row* rows,
              Size columns, T* out) {
 #pragma omp for schedule(static)
   for (Size n = 0; n < tokens; ++n)
@@ -57,13 +59,12 @@ struct Call {
   void* inner_RJ;                         // forward: null if it is not to be kept
   Size *place_NK, *start_E, *used_E;      // room for N K, E + 1 and E
   // Forward.
-  void* outer_RH;
-  float* out_RO;
-  void* y_NO;
+  void *out_RO, *y_NO;
   // Backward; the gradients that are not wanted are null.
   const void* grad_NO;
-  Size grad_ld;
-  float *grad_RO, *rows_RD, *back_RH, *scaled_RH, *back_RJ, *back_RD, *grad_R;
+  Size grad_ld, in_pairs;  // in pairs, stages are bfloat16 and most of them the kernels' own
+  float *grad_RO, *rows_RD, *back_RH, *scaled_RH, *back_RJ, *grad_R;
+  void* back_RD;
   void *grad_x_ND, *grad_up_EJD, *grad_down_EOH;
 };
 
@@ -91,37 +92,42 @@ void forward_pass(const Call& call) {
   const T* up_bias = static_cast<const T*>(call.up_bias_EJ);
   const T* down_bias = static_cast<const T*>(call.down_bias_EO);
   T* inner_RJ = static_cast<T*>(call.inner_RJ);
-  T* outer_RH = static_cast<T*>(call.outer_RH);
+  T* out_RO = static_cast<T*>(call.out_RO);
   const Size hidden = call.hidden, out_width = call.out_width;
+  const Size most = std::min(rows_at_once(groups, call.threads), call.rows);
+  const std::unique_ptr<T[]> outer(new T[most * hidden]);
 #pragma omp parallel num_threads(call.threads)
   {
-    products(
-        groups, [&](Size r) { return x_ND + call.assignment_R[r] / call.slots * call.x_ld; }, up,
-        hidden, hidden, call.width,
-        [&](Size e, Size r, Size first, Size size, const float* gates, const float* ups) {
-          each_vector(size, [&](Size i, Size count) {
-            Vector gate = load_some(gates + i, count), value = load_some(ups + i, count);
-            if (up_bias) {
-              gate += load_some(up_bias + 2 * e * hidden + first + i, count);
-              value += load_some(up_bias + (2 * e + 1) * hidden + first + i, count);
-            }
-            if (inner_RJ) {
-              store_some(inner_RJ + 2 * r * hidden + first + i, gate, count);
-              store_some(inner_RJ + (2 * r + 1) * hidden + first + i, value, count);
-            }
-            store_some(outer_RH + r * hidden + first + i, gate * sigmoid(gate) * value, count);
+    each_run(groups, most, [&](const Groups& run, Size run_start) {
+      T* outer_RH = outer.get() - run_start * hidden;
+      products(
+          run, [&](Size r) { return x_ND + call.assignment_R[r] / call.slots * call.x_ld; }, up,
+          hidden, hidden, call.width,
+          [&](Size e, Size r, Size first, Size size, const float* gates, const float* ups) {
+            each_vector(size, [&](Size i, Size count) {
+              Vector gate = load_some(gates + i, count), value = load_some(ups + i, count);
+              if (up_bias) {
+                gate += load_some(up_bias + 2 * e * hidden + first + i, count);
+                value += load_some(up_bias + (2 * e + 1) * hidden + first + i, count);
+              }
+              if (inner_RJ) {
+                store_some(inner_RJ + 2 * r * hidden + first + i, gate, count);
+                store_some(inner_RJ + (2 * r + 1) * hidden + first + i, value, count);
+              }
+              store_some(outer_RH + r * hidden + first + i, gate * sigmoid(gate) * value, count);
+            });
           });
-        });
-    products(
-        groups, [&](Size r) { return outer_RH + r * hidden; }, down, out_width, 0, hidden,
-        [&](Size e, Size r, Size first, Size size, const float* values, const float*) {
-          each_vector(size, [&](Size i, Size count) {
-            Vector value = load_some(values + i, count);
-            if (down_bias) value += load_some(down_bias + e * out_width + first + i, count);
-            store_some(call.out_RO + r * out_width + first + i, value, count);
+      products(
+          run, [&](Size r) { return outer_RH + r * hidden; }, down, out_width, 0, hidden,
+          [&](Size e, Size r, Size first, Size size, const float* values, const float*) {
+            each_vector(size, [&](Size i, Size count) {
+              Vector value = load_some(values + i, count);
+              if (down_bias) value += load_some(down_bias + e * out_width + first + i, count);
+              store_some(out_RO + r * out_width + first + i, value, count);
+            });
           });
-        });
-    combine(call.tokens, call.slots, call.place_NK, call.weight_NK, call.out_RO, out_width,
+    });
+    combine(call.tokens, call.slots, call.place_NK, call.weight_NK, out_RO, out_width,
             static_cast<T*>(call.y_NO));
   }
 }
@@ -172,12 +178,129 @@ void backward_pass(const Call& call) {
                       static_cast<T*>(call.grad_up_EJD));
     }
     if (call.grad_x_ND) {
-      back_products(groups, call.back_RJ, up, call.width, 2 * hidden, call.back_RD);
-      combine(call.tokens, call.slots, call.place_NK, nullptr, call.back_RD, call.width,
+      float* back_RD = static_cast<float*>(call.back_RD);
+      back_products(groups, call.back_RJ, up, call.width, 2 * hidden, back_RD);
+      combine(call.tokens, call.slots, call.place_NK, nullptr, back_RD, call.width,
               static_cast<T*>(call.grad_x_ND));
     }
   }
 }
+
+#if defined(__AVX512BF16__)
+
+// Sizes that the kernels in pairs take.
+bool pairs_take(Size width, Size hidden, Size out_width) {
+  return width % 2 == 0 && out_width % 2 == 0 && hidden % LANES == 0;
+}
+
+// What a run of experts leaves between the products of its backward pass.
+struct Between {
+  bfloat16* back_RJ;   // gradient before the activation, from the run's first row on
+  float* grad_RB;      // the router's gradient, from each block of columns, likewise
+  Panels scaled, back; // s A, and the gradient before the activation
+};
+
+// LEFT rows or fewer through SwiGLU backward, in a block of columns; `r` is even in its expert.
+inline void pull_back_pairs(const Call& call, Size e, Size r, Size m, Size first, Size size,
+                            const float* sums, const Between& to) {
+  const Size hidden = call.hidden, blocks = ceil_div(hidden, BLOCK), run_start = to.back.first_row;
+  const Size pair = (r - to.back.start[e]) / 2;
+  for (Size i = 0; i < m; i += 2) {
+    Vector total[2] = {};
+    for (Size c = 0; c < size; c += LANES) {
+      Vector scaled[2] = {}, gates[2] = {}, ups[2] = {};
+      for (Size j = 0; j < 2 && i + j < m; ++j) {
+        const Size row = r + i + j, place = first + c;
+        const bfloat16* inner = static_cast<const bfloat16*>(call.inner_RJ) + 2 * row * hidden;
+        const Vector gate = load(inner + place), up = load(inner + hidden + place);
+        const Vector back = load(sums + (i + j) * BLOCK + c), share = sigmoid(gate);
+        const Vector passed = gate * share, weight = splat(call.weight_NK[call.assignment_R[row]]);
+        total[j] += back * passed * up;
+        scaled[j] = weight * passed * up;
+        gates[j] = weight * back * up * share * (1.f + gate * (1.f - share));
+        ups[j] = weight * back * passed;
+        store(to.back_RJ + 2 * (row - run_start) * hidden + place, gates[j]);
+        store(to.back_RJ + (2 * (row - run_start) + 1) * hidden + place, ups[j]);
+      }
+      to.scaled.put(e, pair + i / 2, first + c, paired(scaled[0], scaled[1]));
+      to.back.put(e, pair + i / 2, first + c, paired(gates[0], gates[1]));
+      to.back.put(e, pair + i / 2, hidden + first + c, paired(ups[0], ups[1]));
+    }
+    for (Size j = 0; j < 2 && i + j < m; ++j)
+      to.grad_RB[(r + i + j - run_start) * blocks + first / BLOCK] = sum(total[j]);
+  }
+}
+
+void backward_pass_in_pairs(const Call& call, const Groups& groups) {
+  const Stack<bfloat16> up = {static_cast<const bfloat16*>(call.up_EJD), call.up_expert,
+                              call.up_ld};
+  const Stack<bfloat16> down = {static_cast<const bfloat16*>(call.down_EOH), call.down_expert,
+                                call.down_ld};
+  bfloat16* back_RD = static_cast<bfloat16*>(call.back_RD);
+  bfloat16* grad_up_EJD = static_cast<bfloat16*>(call.grad_up_EJD);
+  bfloat16* grad_down_EOH = static_cast<bfloat16*>(call.grad_down_EOH);
+  const Size hidden = call.hidden, width = call.width, out_width = call.out_width;
+  const Size blocks = ceil_div(hidden, BLOCK), inner = 2 * hidden;
+  const Size most = std::min(rows_at_once(groups, call.threads), call.rows);
+  const std::unique_ptr<bfloat16[]> back_RJ(new bfloat16[most * inner]);
+  const std::unique_ptr<float[]> grad_RB(new float[most * blocks]);
+  const auto grads = Panels::room(most, call.experts, out_width, LEFT);
+  const auto scaled = Panels::room(most, call.experts, hidden, BLOCK);
+  const auto backs = Panels::room(most, call.experts, inner, LEFT);
+  const auto xs = Panels::room(most, call.experts, width, BLOCK);
+  const auto x_row = [&](Size r) {
+    return static_cast<const bfloat16*>(call.x_ND) + call.assignment_R[r] / call.slots * call.x_ld;
+  };
+  const auto grad_row = [&](Size r) {
+    return static_cast<const bfloat16*>(call.grad_NO) +
+           call.assignment_R[r] / call.slots * call.grad_ld;
+  };
+#pragma omp parallel num_threads(call.threads)
+  {
+    each_run(groups, most, [&](const Groups& run, Size first_row) {
+      const auto panels = [&](Pair* data, Size columns, Size panel_width) {
+        return Panels{data,        panel_width, ceil_div(columns, panel_width),
+                      run.start, first_row,   run.used[0]};
+      };
+      const Panels grad = panels(grads.get(), out_width, LEFT);
+      const Panels x = panels(xs.get(), width, BLOCK);
+      const Between between = {back_RJ.get(), grad_RB.get(), panels(scaled.get(), hidden, BLOCK),
+                               panels(backs.get(), inner, LEFT)};
+      if (grad_down_EOH) put_rows(run, grad_row, out_width, grad);
+      if (grad_up_EJD) put_rows(run, x_row, width, x);
+      paired_back_products(run, grad_row, down, hidden, out_width,
+                           [&](Size e, Size r, Size m, Size first, Size size, const float* sums) {
+                             pull_back_pairs(call, e, r, m, first, size, sums, between);
+                           });
+      const Size last = run.used[run.used_count - 1];
+#pragma omp for schedule(static)
+      for (Size r = first_row; r < run.start[last + 1]; ++r) {
+        const float* parts = grad_RB.get() + (r - first_row) * blocks;
+        call.grad_R[r] = std::accumulate(parts, parts + blocks, 0.f);
+      }
+      if (grad_down_EOH)
+        paired_weight_gradient(run, grad, out_width, between.scaled, hidden, grad_down_EOH);
+      if (grad_up_EJD) paired_weight_gradient(run, between.back, inner, x, width, grad_up_EJD);
+      if (back_RD)
+        paired_back_products(
+            run, [&](Size r) { return back_RJ.get() + (r - first_row) * inner; }, up, width, inner,
+            [&](Size, Size r, Size m, Size first, Size size, const float* sums) {
+              for (Size i = 0; i < m; ++i)
+                each_vector(size, [&](Size c, Size count) {
+                  store_some(back_RD + (r + i) * width + first + c,
+                             load_some(sums + i * BLOCK + c, count), count);
+                });
+            });
+    });
+    if (grad_down_EOH) clear_unused(groups, out_width * hidden, grad_down_EOH);
+    if (grad_up_EJD) clear_unused(groups, inner * width, grad_up_EJD);
+    if (call.grad_x_ND)
+      combine(call.tokens, call.slots, call.place_NK, nullptr, back_RD, width,
+              static_cast<bfloat16*>(call.grad_x_ND));
+  }
+}
+
+#endif
 
 }  // namespace
 
@@ -186,5 +309,30 @@ extern "C" {
 void moekit_forward_float32(const Call* call) { forward_pass<float>(*call); }
 void moekit_forward_bfloat16(const Call* call) { forward_pass<bfloat16>(*call); }
 void moekit_backward_float32(const Call* call) { backward_pass<float>(*call); }
-void moekit_backward_bfloat16(const Call* call) { backward_pass<bfloat16>(*call); }
+void moekit_backward_bfloat16(const Call* call) {
+#if defined(__AVX512BF16__)
+  if (call->in_pairs) return backward_pass_in_pairs(*call, grouped(*call));
+#endif
+  backward_pass<bfloat16>(*call);
+}
+
+// Whether the backward pass of this call can run in pairs, and has the rows for which that pays.
+int moekit_runs_in_pairs(const Call* call) {
+#if defined(__AVX512BF16__)
+  const bool plain = !call->up_bias_EJ && !call->down_bias_EO;
+  return plain && pairs_take(call->width, call->hidden, call->out_width) &&
+         call->rows >= PAIRED_ROWS * grouped(*call).used_count;
+#else
+  return 0;
+#endif
+}
+
+// Whether many rows of these sizes are multiplied in pairs, and nothing on this CPU is faster.
+int moekit_has_pairs(Size width, Size hidden, Size out_width) {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+  return pairs_take(width, hidden, out_width);
+#else
+  return 0;
+#endif
+}
 }

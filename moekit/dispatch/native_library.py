@@ -17,7 +17,7 @@ from moekit.cache import cached, default_cache
 from moekit.errors import OutputError
 
 SOURCE = Path(__file__).with_name("native_kernels.cpp")
-HEADER = Path(__file__).with_name("native_products.h")
+HEADERS = [SOURCE.with_name(f"native_{part}.h") for part in ("tiles", "pairs", "products")]
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
     *("-fno-math-errno", "-ffp-contract=fast", "-w"),
@@ -42,9 +42,9 @@ class Call(ctypes.Structure):
             ("data", "down_EOH"),
             ("size", "down_expert down_ld"),
             ("data", "up_bias_EJ down_bias_EO inner_RJ place_NK start_E used_E"),
-            ("data", "outer_RH out_RO y_NO grad_NO"),
-            ("size", "grad_ld"),
-            ("data", "grad_RO rows_RD back_RH scaled_RH back_RJ back_RD grad_R"),
+            ("data", "out_RO y_NO grad_NO"),
+            ("size", "grad_ld in_pairs"),
+            ("data", "grad_RO rows_RD back_RH scaled_RH back_RJ grad_R back_RD"),
             ("data", "grad_x_ND grad_up_EJD grad_down_EOH"),
         )
         for name in names.split()
@@ -90,7 +90,7 @@ def _compiled(compiler: str) -> Path:
 def _key(compiler: str) -> str:
     """Names the source, the compiler and the CPU, whose instructions the library contains."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=10)
-    sources = SOURCE.read_bytes() + HEADER.read_bytes()
+    sources = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
     parts = (sources, version.stdout, repr(FLAGS).encode(), _cpu().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
@@ -107,4 +107,6 @@ def _opened(path: Path) -> ctypes.CDLL:
         for dtype in ("float32", "bfloat16"):
             function: Any = getattr(found, f"moekit_{name}_{dtype}")
             function.argtypes, function.restype = [ctypes.POINTER(Call)], None
+    found.moekit_runs_in_pairs.argtypes = [ctypes.POINTER(Call)]
+    found.moekit_has_pairs.argtypes = [ctypes.c_int64] * 3
     return found

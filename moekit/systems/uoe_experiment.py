@@ -43,7 +43,8 @@ from moekit.systems.python_domains import END, VOCABULARY, PythonDomains, python
 SIZE = Size(width=64, hidden=32, layers=3, heads=2, experts=16, normalize=True)
 LENGTH, BATCH = 64, 16
 UNTIL = 4.0
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+FEW = (1e-4, 3e-4, 1e-3, 3e-3)  # learning rates to try for a few experts, and for all there is
+WIDE = (3e-5, 1e-4, 3e-4)
 FORGET = ("manual", "source")
 TUNING = 1000  # added to the first seed for the model that rates are chosen on
 ONE, ALL = "one expert", "all parameters"
@@ -67,7 +68,7 @@ class Budget:
     held_out: int
 
 
-FULL = Budget(seeds=4, training=800, steps=150, held_out=24)
+FULL = Budget(seeds=4, training=800, steps=200, held_out=24)
 QUICK = Budget(seeds=1, training=2, steps=2, held_out=1)
 
 
@@ -78,6 +79,11 @@ class Arm:
     algorithm: Algorithm
     targets: Targets
     anchor: float = 1.0
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rates to try."""
+        return list(WIDE if isinstance(self.targets, Everything | AllExperts) else FEW)
 
 
 def arms() -> dict[str, Arm]:
@@ -111,9 +117,8 @@ def experiment(lab: Laboratory) -> Reproduction:
             name, seed, {**settings, "forget": list(forget), "rates": rates}, run.run
         )
 
-    tried = models(
-        "rates", lab.seed + TUNING, 0, FORGET[:1], {name: list(RATES) for name in arms()}
-    )
+    to_try = {name: arm.rates for name, arm in arms().items()}
+    tried = models("rates", lab.seed + TUNING, 0, FORGET[:1], to_try)
     rates = {name: [_best(runs)] for name, runs in tried.items()}
     found = [models("unlearning", seed, 1 + n, FORGET, rates) for n, seed in enumerate(seeds)]
     pairs = {name: [run for one in found for run in one[name]] for name in arms()}
@@ -131,8 +136,9 @@ def _setting(budget: Budget, seeds: Sequence[int]) -> str:
         f"{SIZE.hidden}, {SIZE.k} a token, {budget.training} steps of {BATCH} x {LENGTH} bytes of "
         f"four domains that ship with Python; each model unlearns {' or '.join(FORGET)} in at most "
         f"{budget.steps} AdamW steps of as much text, until perplexity on held-out text of it is "
-        f"{UNTIL:g} times what it was; learning rates {_listed(RATES)} tried on {FORGET[0]} and a "
-        f"model of another seed; seeds {_listed(seeds)}; nats a byte that the other domains lose, "
+        f"{UNTIL:g} times what it was; learning rates {_listed(FEW)}, or {_listed(WIDE)} for all "
+        f"experts or parameters, tried on {FORGET[0]} and a model of another seed; seeds "
+        f"{_listed(seeds)}; nats a byte that the other domains lose, "
         "interpolated to that point; pairs are of seed and domain"
     )
 

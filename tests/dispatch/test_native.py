@@ -15,11 +15,15 @@ from torch import Tensor
 from moekit.dispatch import native_library
 from moekit.dispatch.choice import NATIVE_IN_HALF, Choice
 from moekit.dispatch.fused import feed_forward
-from moekit.dispatch.native_backend import Native
+from moekit.dispatch.native_backend import Native, NativeCall
 from moekit.dispatch.native_library import library
 from moekit.errors import SpecError
 
-needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler here")
+KERNELS = library()
+needs_kernels = pytest.mark.skipif(KERNELS is None, reason="no C++ compiler here")
+needs_pairs = pytest.mark.skipif(
+    KERNELS is None or not KERNELS.moekit_has_pairs(2, 16, 2), reason="no AVX512-BF16 here"
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 TAKEN = {
@@ -29,6 +33,12 @@ LARGER = {
     "every size of a block": Problem(tokens=200, experts=17, k=5, width=70, hidden=53, bias=True),
     "many rows an expert": Problem(tokens=700, experts=3, k=2, width=130, hidden=100, seed=1),
     "widths of whole vectors": Problem(tokens=300, experts=8, k=2, width=256, hidden=128, seed=2),
+    "in pairs": Problem(tokens=301, experts=5, width=66, hidden=48),
+    "in pairs, part of a vector": Problem(tokens=97, experts=1, k=1, width=30, hidden=16, seed=4),
+    "in pairs, experts without rows": Problem(
+        tokens=333, experts=6, k=1, width=146, hidden=112, one_takes_all=True, unused=0.5
+    ),
+    "in pairs, several runs": Problem(tokens=1500, experts=9, k=3, width=34, hidden=80, seed=5),
     "one wide row an expert": Problem(tokens=4, experts=16, k=1, width=1030, hidden=520, seed=3),
 }
 EVERY_DTYPE = pytest.mark.parametrize(
@@ -130,7 +140,7 @@ def test_weights_that_are_slices_of_larger_ones() -> None:
 
 @needs_kernels
 def test_what_is_chosen() -> None:
-    crowd = Problem(tokens=3 * NATIVE_IN_HALF, experts=2, k=1)
+    crowd = Problem(tokens=3 * NATIVE_IN_HALF, experts=2, k=1, hidden=17)  # no pairs
     some = Problem(tokens=NATIVE_IN_HALF, experts=2, k=1)
     assert backend_of("auto", some, torch.bfloat16) == "native"
     assert backend_of("auto", some, torch.bfloat16, training=True) != "native"
@@ -140,6 +150,51 @@ def test_what_is_chosen() -> None:
     assert backend_of("auto", PLAIN, torch.bfloat16) == "native"
     assert backend_of("auto", crowd, torch.bfloat16) != "native"
     assert backend_of("auto", PLAIN, torch.float64) != "native"
+
+
+@needs_pairs
+def test_what_is_chosen_where_there_are_pairs() -> None:
+    crowd = Problem(tokens=3 * NATIVE_IN_HALF, experts=2, k=1, hidden=32)
+    for training in (False, True):
+        assert backend_of("auto", crowd, torch.bfloat16, training) == "native"
+    biased = replace(crowd, bias=True)
+    assert backend_of("auto", biased, torch.bfloat16) == "native"
+    assert backend_of("auto", biased, torch.bfloat16, training=True) != "native"
+
+
+@needs_pairs
+@pytest.mark.parametrize("name", LARGER)
+def test_which_backward_passes_run_in_pairs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the tests of results are known to be of both ways."""
+    found, ask = [], NativeCall.ask_for_pairs
+
+    def watch(call: NativeCall) -> bool:
+        found.append(ask(call))
+        return found[-1]
+
+    monkeypatch.setattr(NativeCall, "ask_for_pairs", watch)
+    results(LARGER[name], torch.bfloat16, "cpu", Native())
+    wanted = name.startswith("in pairs") or name == "widths of whole vectors"
+    assert found == [wanted]
+
+
+@needs_pairs
+@pytest.mark.parametrize("wanted", range(3))
+def test_gradients_in_pairs_of_some_tensors_alone(wanted: int) -> None:
+    """Of tokens, first or second weights; also with slices and any layout of what comes in."""
+    problem = LARGER["in pairs"]
+    x_ND, weight_NK, bank = problem.inputs(torch.bfloat16, "cpu")
+    plan = problem.plan(problem.experts_NK(), weight_NK)
+    padded = [torch.nn.functional.pad(t, (0, 3, 0, 2)) for t in (bank.up_EJD, bank.down_EOH)]
+    leaves = [x_ND.T.contiguous().T, padded[0][:, :-2, :-3], padded[1][:, :-2, :-3]]
+    leaves[wanted] = leaves[wanted].requires_grad_()
+    held = replace(bank, up_EJD=leaves[1], down_EOH=leaves[2])
+    cotangent_NO = x_ND.flip(0)[:1].expand_as(x_ND)
+    found = []
+    for backend in (Native(), None):
+        y_NO = feed_forward(leaves[0], plan, held, backend)
+        found.append(torch.autograd.grad(y_NO, leaves[wanted], cotangent_NO)[0].double())
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 2e-2
 
 
 @needs_kernels

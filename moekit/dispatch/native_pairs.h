@@ -1,0 +1,195 @@
+// Products of bfloat16 by the instruction that multiplies and adds two neighbours at once.
+//
+// The two lie side by side along the sum, a `Pair`. Of the right operand a panel of BLOCK results
+// is laid out pair by pair, so that a vector holds one pair of each of 16 results; of the left one
+// a pair at a time is broadcast. Nothing is then left to be summed across a vector, and 24
+// accumulators keep the two units of the CPU busy. Making a panel costs about what one row costs
+// to multiply with it.
+
+#pragma once
+
+#include "native_tiles.h"
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+
+namespace {
+
+constexpr Size PAIRED_ROWS = 24;  // of an expert, from which on a panel pays
+
+using Pair = std::uint32_t;
+
+// A panel for each thread, made when it first asks.
+class Room {
+ public:
+  Pair* pairs(Size count) {
+    if (count > size_) memory_.reset(new Pair[size_ = count]);
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<Pair[]> memory_;
+  Size size_ = 0;
+};
+
+#if defined(__AVX512BF16__)
+
+constexpr int LEFT = 8;  // rows of a tile, and pairs side by side in a left panel
+
+// out[m][c] = Σ_k left[m][k] · panel[k][c] for M rows and V vectors of columns, of which the last
+// has `count`. The pairs of row m are `step` pairs apart from left[m] on.
+template <int M, int V, class T, class C>
+inline void pair_tile(const T* const* left, Size step, const Pair* panel, Size pairs, C* out,
+                      Size ld_out, Size count) {
+  __m512 total[M][V];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) total[m][v] = _mm512_setzero_ps();
+  for (Size k = 0; k < pairs; ++k) {
+    __m512bh right[V];
+    for (int v = 0; v < V; ++v)
+      right[v] = (__m512bh)_mm512_loadu_si512(panel + k * BLOCK + v * LANES);
+    for (int m = 0; m < M; ++m) {
+      int pair;
+      std::memcpy(&pair, reinterpret_cast<const char*>(left[m]) + k * step * sizeof(Pair),
+                  sizeof pair);
+      const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
+      for (int v = 0; v < V; ++v) total[m][v] = _mm512_dpbf16_ps(total[m][v], row, right[v]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V - 1; ++v) store(out + m * ld_out + v * LANES, (Vector)total[m][v]);
+    store_some(out + m * ld_out + (V - 1) * LANES, (Vector)total[m][V - 1], count);
+  }
+}
+
+template <int M, class T, class C>
+void pair_tiles_of_rows(const T* const* left, Size step, const Pair* panel, Size pairs,
+                        Size columns, C* out, Size ld_out) {
+  const Size last = (columns - 1) % LANES + 1;
+  switch (ceil_div(columns, LANES)) {
+    case 1: return pair_tile<M, 1>(left, step, panel, pairs, out, ld_out, last);
+    case 2: return pair_tile<M, 2>(left, step, panel, pairs, out, ld_out, last);
+    default: return pair_tile<M, 3>(left, step, panel, pairs, out, ld_out, last);
+  }
+}
+
+// The same for `rows` of up to LEFT rows and `columns` of up to BLOCK columns.
+template <class T, class C>
+void pair_tiles(Size rows, const T* const* left, Size step, const Pair* panel, Size pairs,
+                Size columns, C* out, Size ld_out) {
+  switch (rows) {
+    case 1: return pair_tiles_of_rows<1>(left, step, panel, pairs, columns, out, ld_out);
+    case 2: return pair_tiles_of_rows<2>(left, step, panel, pairs, columns, out, ld_out);
+    case 3: return pair_tiles_of_rows<3>(left, step, panel, pairs, columns, out, ld_out);
+    case 4: return pair_tiles_of_rows<4>(left, step, panel, pairs, columns, out, ld_out);
+    case 5: return pair_tiles_of_rows<5>(left, step, panel, pairs, columns, out, ld_out);
+    case 6: return pair_tiles_of_rows<6>(left, step, panel, pairs, columns, out, ld_out);
+    case 7: return pair_tiles_of_rows<7>(left, step, panel, pairs, columns, out, ld_out);
+    case 8: return pair_tiles_of_rows<8>(left, step, panel, pairs, columns, out, ld_out);
+  }
+}
+
+// 16 pairs of each of 16 rows, from one row after another to one pair after another.
+inline void transposed(__m512i* row) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    row[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+    row[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
+    row[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
+    row[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
+  }
+}
+
+// The panel of up to BLOCK weights whose rows run along the sum, of even depth.
+inline void panel_of_rows(const bfloat16* weight, Size ld, Size count, Size depth, Pair* panel) {
+  for (Size c = 0; c < count; c += LANES)
+    for (Size k = 0; k < depth / 2; k += LANES) {
+      const Size some = std::min<Size>(depth / 2 - k, LANES);
+      const __mmask16 mask = __mmask16((1u << some) - 1);
+      __m512i rows[16];
+      for (int i = 0; i < LANES; ++i)
+        rows[i] = c + i < count ? _mm512_maskz_loadu_epi32(mask, weight + (c + i) * ld + 2 * k)
+                                : _mm512_setzero_si512();
+      transposed(rows);
+      for (Size i = 0; i < some; ++i) _mm512_storeu_si512(panel + (k + i) * BLOCK + c, rows[i]);
+    }
+}
+
+// Two values a place, from two rows.
+inline __m512i paired(Vector first, Vector second) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// The same of `count` values as they lie; a missing row is zero.
+inline __m512i paired(const bfloat16* first, const bfloat16* second, Size count) {
+  const __mmask16 mask = __mmask16((1u << count) - 1);
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, first));
+  if (!second) return low;
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, second));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// The panel of up to BLOCK columns of `depth` rows, an even number.
+inline void panel_of_columns(const bfloat16* weight, Size ld, Size count, Size depth, Pair* panel) {
+  for (Size k = 0; k < depth; k += 2)
+    for (Size c = 0; c < count; c += LANES)
+      _mm512_storeu_si512(
+          panel + k / 2 * BLOCK + c,
+          paired(weight + k * ld + c, weight + (k + 1) * ld + c, std::min<Size>(count - c, LANES)));
+}
+
+// Rows of some experts as panels for a sum over rows: pairs of neighbouring rows, `width` columns
+// wide. An odd last row of an expert stands beside zeros.
+struct Panels {
+  Pair* data;
+  Size width, blocks;
+  const Size* start;            // first row of each expert
+  Size first_row, first_expert; // where those that are held begin
+
+  static std::unique_ptr<Pair[]> room(Size rows, Size experts, Size columns, Size width) {
+    const Size pairs = rows / 2 + experts + 1;
+    return std::unique_ptr<Pair[]>(new Pair[pairs * ceil_div(columns, width) * width]);
+  }
+
+  Size pairs(Size e) const { return (start[e + 1] - start[e] + 1) / 2; }
+  Pair* panel(Size e, Size block) const {
+    const Size before = (start[e] - first_row) / 2 + e - first_expert;  // or a few fewer
+    return data + (before * blocks + block * pairs(e)) * width;
+  }
+  // 16 columns from `column` on, of pair `p` of an expert; a column of a left panel may be any
+  // multiple of LEFT, of a right one of LANES.
+  void put(Size e, Size p, Size column, __m512i values) const {
+    const Size block = column / width;
+    if (width == LEFT) {
+      _mm256_storeu_si256((__m256i*)(panel(e, block) + p * LEFT), _mm512_castsi512_si256(values));
+      if (block + 1 < blocks)
+        _mm256_storeu_si256((__m256i*)(panel(e, block + 1) + p * LEFT),
+                            _mm512_extracti64x4_epi64(values, 1));
+    } else {
+      _mm512_storeu_si512(panel(e, block) + p * width + column % width, values);
+    }
+  }
+};
+
+#endif
+
+}  // namespace
