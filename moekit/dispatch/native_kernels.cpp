@@ -321,7 +321,7 @@ int moekit_runs_in_pairs(const Call* call) {
 #if defined(__AVX512BF16__)
   const bool plain = !call->up_bias_EJ && !call->down_bias_EO;
   return plain && pairs_take(call->width, call->hidden, call->out_width) &&
-         call->rows >= PAIRED_ROWS * grouped(*call).used_count;
+         call->rows >= PAIRED_ROWS_BACK * grouped(*call).used_count;
 #else
   return 0;
 #endif

@@ -16,7 +16,9 @@
 
 namespace {
 
-constexpr Size PAIRED_ROWS = 24;  // of an expert, from which on a panel pays
+// Rows of an expert from which on panels pay, measured: forward, where they are transposed, and
+// backward.
+constexpr Size PAIRED_ROWS = 40, PAIRED_ROWS_BACK = 12;
 
 using Pair = std::uint32_t;
 
