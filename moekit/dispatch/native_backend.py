@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,10 @@ from moekit.experts.experts import FeedForward
 DTYPES = (torch.float32, torch.bfloat16)
 # Work, in multiply-adds, below which one thread is done before a second one is awake.
 ONE_THREAD = 2**20
-ONE_THREAD_WRITES = 2**18  # bytes of a gradient, likewise
+ONE_THREAD_WRITES = 2**18  # bytes of gradients, likewise
+# Bytes of gradients from which on their memory is fresh from the system each time, whoever asks
+# for it, so that pages of experts without rows need never be touched.
+FRESH = 2**26
 
 
 class Native(Backend):
@@ -78,6 +82,8 @@ class Native(Backend):
             between = {name: call.room(name, rows, size) for name, size in sizes.items()}
         grad_R = call.room("grad_R", rows)
         found = Gradients()
+        asked = ((bank.up_EJD, wanted.up), (bank.down_EOH, wanted.down))
+        call.expect_gradients(sum(weight.nbytes for weight, wants in asked if wants), plan)
         if wanted.x:
             call.room("back_RD", rows, width, dtype=x_ND.dtype if paired else torch.float32)
             grad_x_ND = call.room("grad_x_ND", *x_ND.shape, dtype=x_ND.dtype)
@@ -170,11 +176,24 @@ class NativeCall:
         self.give(name, tensor)
         return tensor
 
-    def gradient(self, name: str, like: Tensor) -> Tensor:
-        """Memory for a weight's gradient, which several threads write if it is large."""
-        tensor = self.room(name, *like.shape, dtype=like.dtype)
-        if tensor.nbytes >= ONE_THREAD_WRITES:
+    def expect_gradients(self, size: int, plan: Plan) -> None:
+        """Prepare for gradients of weights of so many bytes, which several threads write if large.
+
+        Where most experts have no rows, their pages come zeroed from the system when, and if, they
+        are read.
+        """
+        if size >= ONE_THREAD_WRITES:
             self.fields.threads = torch.get_num_threads()
+        if size >= FRESH:
+            self.fields.cleared = 2 * int((plan.groups.count_E > 0).sum()) < self.fields.experts
+
+    def gradient(self, name: str, like: Tensor) -> Tensor:
+        """Memory for a weight's gradient."""
+        if not self.fields.cleared:
+            return self.room(name, *like.shape, dtype=like.dtype)
+        zeros = np.zeros(like.nbytes, dtype=np.uint8)  # calloc, which torch.zeros is not
+        tensor = torch.from_numpy(zeros).view(like.dtype).view(like.shape)
+        self.give(name, tensor)
         return tensor
 
     def ask_for_pairs(self) -> bool:

@@ -62,7 +62,9 @@ struct Call {
   void *out_RO, *y_NO;
   // Backward; the gradients that are not wanted are null.
   const void* grad_NO;
-  Size grad_ld, in_pairs;  // in pairs, stages are bfloat16 and most of them the kernels' own
+  Size grad_ld;
+  Size in_pairs;  // stages are then bfloat16, and most of them the kernels' own
+  Size cleared;   // whether the memory for gradients of weights is zero
   float *grad_RO, *rows_RD, *back_RH, *scaled_RH, *back_RJ, *grad_R;
   void* back_RD;
   void *grad_x_ND, *grad_up_EJD, *grad_down_EOH;
@@ -150,6 +152,14 @@ float pull_back(Size hidden, const T* inner_J, const float* back_H, float weight
   return sum(total);
 }
 
+// Gradients of the weights of experts without rows, unless they lie in memory that is zero.
+template <class T>
+void clear(const Call& call, const Groups& groups, T* grad_up_EJD, T* grad_down_EOH) {
+  if (call.cleared) return;
+  if (grad_up_EJD) clear_unused(groups, 2 * call.hidden * call.width, grad_up_EJD);
+  if (grad_down_EOH) clear_unused(groups, call.out_width * call.hidden, grad_down_EOH);
+}
+
 template <class T>
 void backward_pass(const Call& call) {
   const Groups groups = grouped(call);
@@ -168,14 +178,15 @@ void backward_pass(const Call& call) {
           pull_back(hidden, inner_RJ + 2 * r * hidden, call.back_RH + r * hidden,
                     call.weight_NK[call.assignment_R[r]], call.scaled_RH + r * hidden,
                     call.back_RJ + 2 * r * hidden);
-    if (call.grad_down_EOH)
-      weight_gradient(groups, call.grad_RO, call.out_width, call.scaled_RH, hidden,
-                      static_cast<T*>(call.grad_down_EOH));
-    if (call.grad_up_EJD) {
+    T* grad_up_EJD = static_cast<T*>(call.grad_up_EJD);
+    T* grad_down_EOH = static_cast<T*>(call.grad_down_EOH);
+    clear(call, groups, grad_up_EJD, grad_down_EOH);
+    if (grad_down_EOH)
+      weight_gradient(groups, call.grad_RO, call.out_width, call.scaled_RH, hidden, grad_down_EOH);
+    if (grad_up_EJD) {
       gather(call.rows, call.assignment_R, call.slots, static_cast<const T*>(call.x_ND), call.x_ld,
              call.width, call.rows_RD);
-      weight_gradient(groups, call.back_RJ, 2 * hidden, call.rows_RD, call.width,
-                      static_cast<T*>(call.grad_up_EJD));
+      weight_gradient(groups, call.back_RJ, 2 * hidden, call.rows_RD, call.width, grad_up_EJD);
     }
     if (call.grad_x_ND) {
       float* back_RD = static_cast<float*>(call.back_RD);
@@ -292,8 +303,7 @@ void backward_pass_in_pairs(const Call& call, const Groups& groups) {
                 });
             });
     });
-    if (grad_down_EOH) clear_unused(groups, out_width * hidden, grad_down_EOH);
-    if (grad_up_EJD) clear_unused(groups, inner * width, grad_up_EJD);
+    clear(call, groups, grad_up_EJD, grad_down_EOH);
     if (call.grad_x_ND)
       combine(call.tokens, call.slots, call.place_NK, nullptr, back_RD, width,
               static_cast<bfloat16*>(call.grad_x_ND));

@@ -43,7 +43,7 @@ class Call(ctypes.Structure):
             ("size", "down_expert down_ld"),
             ("data", "up_bias_EJ down_bias_EO inner_RJ place_NK start_E used_E"),
             ("data", "out_RO y_NO grad_NO"),
-            ("size", "grad_ld in_pairs"),
+            ("size", "grad_ld in_pairs cleared"),
             ("data", "grad_RO rows_RD back_RH scaled_RH back_RJ grad_R back_RD"),
             ("data", "grad_x_ND grad_up_EJD grad_down_EOH"),
         )

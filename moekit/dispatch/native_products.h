@@ -135,29 +135,33 @@ void back_products(const Groups& groups, const float* rows, const Stack<T>& weig
   });
 }
 
-// out[e] = leftᵀ right over an expert's rows; zero for an expert without rows.
+// out[e] = leftᵀ right over the rows of each expert that has some.
 template <class T>
 void weight_gradient(const Groups& groups, const float* left, Size height, const float* right,
                      Size columns, T* out) {
   const bool exact = sizeof(T) == sizeof(float);  // otherwise sums are not to be rounded on the way
-  const Size blocks = ceil_div(height, BLOCK), items = groups.experts * blocks;
-#pragma omp for schedule(dynamic)
-  for (Size item = 0; item < items; ++item) {
-    const Size e = item / blocks, first = item % blocks * BLOCK;
-    const Size last = first + BLOCK < height ? first + BLOCK : height;
-    const Size start = groups.start[e], stop = groups.start[e + 1];
-    T* to = out + (e * height) * columns;
-    if (start == stop) {
-      std::memset(to + first * columns, 0, (last - first) * columns * sizeof(T));
-      continue;
-    }
-    const Size step = exact ? TOKENS : stop - start;
-    for (Size r = start; r < stop; r += step) {
-      const Size deep = stop - r < step ? stop - r : step;
+  each_block(groups, height, BLOCK, [&](Size e, Size first, Size last) {
+    const Size stop = groups.start[e + 1], step = exact ? TOKENS : groups.rows(e);
+    T* to = out + e * height * columns;
+    for (Size r = groups.start[e]; r < stop; r += step) {
+      const Size deep = std::min(stop - r, step);
       for (Size o = first; o < last; o += ROWS)
-        tiles_of(last - o < ROWS ? last - o : Size(ROWS), left + r * height + o, 1, height,
-                 right + r * columns, columns, columns, deep, to + o * columns, columns, r > start);
+        tiles_of(std::min<Size>(last - o, ROWS), left + r * height + o, 1, height,
+                 right + r * columns, columns, columns, deep, to + o * columns, columns,
+                 r > groups.start[e]);
     }
+  });
+}
+
+// Zero for each expert without rows.
+template <class T>
+void clear_unused(const Groups& groups, Size size, T* out) {
+  constexpr Size PARTS = 8;
+#pragma omp for schedule(dynamic)
+  for (Size item = 0; item < groups.experts * PARTS; ++item) {
+    const Size e = item / PARTS, first = item % PARTS * size / PARTS;
+    const Size last = (item % PARTS + 1) * size / PARTS;
+    if (!groups.rows(e)) std::memset(out + e * size + first, 0, (last - first) * sizeof(T));
   }
 }
 
@@ -216,13 +220,6 @@ void paired_weight_gradient(const Groups& groups, const Panels& left, Size heigh
                    columns);
       }
   });
-}
-
-// Zero for each expert without rows.
-void clear_unused(const Groups& groups, Size size, bfloat16* out) {
-#pragma omp for schedule(static)
-  for (Size e = 0; e < groups.experts; ++e)
-    if (!groups.rows(e)) std::memset(out + e * size, 0, size * sizeof(bfloat16));
 }
 
 #endif

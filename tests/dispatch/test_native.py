@@ -6,7 +6,9 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from feed_forward_problems import PLAIN, PROBLEMS, Problem, compare, results
@@ -70,6 +72,32 @@ def backend_of(
 @pytest.mark.parametrize("problem", [*TAKEN.values(), *LARGER.values()], ids=[*TAKEN, *LARGER])
 def test_results(problem: Problem, dtype: torch.dtype) -> None:
     compare(problem, dtype, "cpu", Native(), TOLERANCE[dtype])
+
+
+@needs_kernels
+@EVERY_DTYPE
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(tokens=3, experts=40),
+        Problem(tokens=200, experts=7, k=1, hidden=32, one_takes_all=True),  # in pairs
+        Problem(tokens=0),
+    ],
+)
+def test_gradients_in_memory_that_is_zero_already(
+    problem: Problem, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of experts without rows are not written, if these are most experts."""
+    monkeypatch.setattr("moekit.dispatch.native_backend.FRESH", 0)
+    asked, zeros = [], np.zeros
+
+    def watch(*given: Any, **named: Any) -> Any:
+        asked.append(given)
+        return zeros(*given, **named)
+
+    monkeypatch.setattr("moekit.dispatch.native_backend.np.zeros", watch)
+    compare(problem, dtype, "cpu", Native(), TOLERANCE[dtype])
+    assert len(asked) == 2
 
 
 @needs_kernels
