@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -23,6 +24,7 @@ from moekit.surgery.unlearn import (
     Attributed,
     Everything,
     GDiff,
+    Look,
     Named,
     RandomExperts,
     Routers,
@@ -258,6 +260,21 @@ def test_it_ends_where_perplexity_is_reached() -> None:
     assert report.retain is not None
     short = unlearn_model(tiny("olmoe"), TEXTS, spec.replace(steps=1))
     assert not short.reached
+
+
+def test_perplexity_at_equal_forgetting_is_between_the_looks_around_it() -> None:
+    report = unlearn_model(tiny("olmoe"), TEXTS, SHORT.replace(steps=2))
+
+    def at(times: float, *points: tuple[float, float | None]) -> float | None:
+        looks = tuple(Look(step, *point, loss=None) for step, point in enumerate(points))
+        return dataclasses.replace(report, looks=looks).retain_perplexity_at(times)
+
+    path = ((10.0, 5.0), (20.0, 5.0), (80.0, 20.0), (100.0, 1.0))
+    assert at(2.0, *path) == pytest.approx(5.0)
+    assert at(8.0, *path) == pytest.approx(20.0)
+    assert at(4.0, *path) == pytest.approx(10.0)  # half way in logarithms, of both
+    assert at(11.0, *path) is None  # never came so far
+    assert at(4.0, (10.0, None), (80.0, None)) is None
 
 
 def test_labels_say_what_is_unlearned() -> None:
