@@ -2,8 +2,9 @@
 
 A step of `moekit compare`'s model on random tokens: forward, losses, backward, clipping, AdamW and
 the routing statistics that training takes. Parts of the forward pass are marked while torch's
-profiler looks on; the backward pass is one part. Steps are also timed without the profiler, with
-the experts run by each backend in turn, in random order.
+profiler looks on, and each piece of the backward pass belongs to the part whose operation it
+differentiates: the two have the same sequence number. Steps are also timed without the profiler,
+with the experts run by each backend in turn, in random order.
 
     python benchmarks/train_profile.py --output benchmarks/results/train_profile
 
@@ -13,8 +14,9 @@ writes a JSON file and a Markdown table.
 from __future__ import annotations
 
 import argparse
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -38,7 +40,9 @@ from moekit.training.window import RoutingWindow
 CPU = torch.device("cpu")
 SEQUENCES, LENGTH, VOCABULARY = 16, 128, 4096
 BACKENDS = ("auto", "grouped_mm", "loop")
-PART = "part: "
+PART, WHOLE, REST = "part: ", "whole step", "the rest"
+ENGINE = "autograd::engine::evaluate_function"
+NESTED = 4  # marks within each other, at most
 BOOKKEEPING = ("routing", "plan", "routing losses", "statistics")
 
 
@@ -97,7 +101,7 @@ def marked(model: MoEDecoderForCausalLM) -> Iterator[None]:
     undo: list[Callable[[], None]] = []
 
     def mark(owner: Any, name: str, part: str) -> None:
-        own = name in vars(owner)
+        own = name in vars(owner) or isinstance(getattr(type(owner), name, None), property)
         run = getattr(owner, name)
 
         def within(*args: Any, **named: Any) -> Any:
@@ -115,6 +119,8 @@ def marked(model: MoEDecoderForCausalLM) -> Iterator[None]:
     mark(model.routing_losses, "forward", "routing losses")
     for block in model.model.layers:
         mark(block.self_attn, "forward", "attention")
+    mark(model.lm_head, "forward", "head and cross-entropy")
+    mark(model, "loss_function", "head and cross-entropy")
     try:
         yield
     finally:
@@ -122,33 +128,49 @@ def marked(model: MoEDecoderForCausalLM) -> Iterator[None]:
             call()
 
 
-def parts_of(step: Step, steps: int) -> dict[str, float]:
-    """Milliseconds a step by part."""
+class Spans:
+    """Which part each moment of the forward pass belongs to."""
+
+    def __init__(self, events: Sequence[Any]) -> None:
+        marks = [e for e in events if e.name.startswith(PART)]
+        self.marks = sorted(marks, key=lambda e: e.time_range.start)
+        self.starts = [e.time_range.start for e in self.marks]
+
+    def at(self, moment: float) -> str:
+        """The part that is under way; inner marks come later than those around them."""
+        for mark in reversed(self.marks[: bisect_right(self.starts, moment)][-NESTED:]):
+            if moment <= mark.time_range.end:
+                return str(mark.name[len(PART) :])
+        return REST
+
+
+def parts_of(step: Step, steps: int) -> dict[str, tuple[float, float]]:
+    """Milliseconds a step by part, forward and backward."""
     with marked(step.model):
         for _ in range(3):
             step()
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             for _ in range(steps):
-                with record_function("whole step"):
+                with record_function(WHOLE):
                     step()
     events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CPU]
-    spans = sorted(
-        (
-            (e.time_range.start, e.time_range.end, e.name[6:])
-            for e in events
-            if e.name[:6] == "part: "
-        ),
-    )
-    found: dict[str, float] = defaultdict(float)
-    for start, end, part in spans:
-        found[part] += end - start
-    engine = "autograd::engine::evaluate_function"
-    found["backward, all parts"] = sum(
-        e.time_range.elapsed_us() for e in events if e.name.startswith(engine)
-    )
-    whole = sum(e.time_range.elapsed_us() for e in events if e.name == "whole step")
-    found["the rest"] = whole - sum(v for name, v in found.items() if name != "the rest")
-    return {name: value / steps / 1e3 for name, value in found.items()}
+    spans, backward = Spans(events), [e for e in events if e.name.startswith(ENGINE)]
+    # An operation that records nothing shows the number of the next one that does, so the last
+    # event of a number is the one that it belongs to.
+    forward = sorted(events, key=lambda e: e.time_range.start)
+    part_of = {
+        e.sequence_nr: spans.at(e.time_range.start)
+        for e in forward
+        if e.sequence_nr >= 0 and not e.is_async and "Backward" not in e.name
+    }
+    found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for mark in spans.marks:
+        found[mark.name[len(PART) :]][0] += mark.time_range.elapsed_us()
+    for event in backward:
+        found[part_of.get(event.sequence_nr, REST)][1] += event.time_range.elapsed_us()
+    whole = sum(e.time_range.elapsed_us() for e in events if e.name == WHOLE)
+    found[REST][0] = whole - sum(sum(both) for both in found.values())
+    return {name: (a / steps / 1e3, b / steps / 1e3) for name, (a, b) in found.items()}
 
 
 def main() -> None:
@@ -165,7 +187,8 @@ def main() -> None:
     parts = parts_of(Step(options.design, "auto"), options.steps)
     where = machine("cpu")
     tokens = SEQUENCES * LENGTH
-    whole = sum(parts.values())
+    whole = sum(sum(both) for both in parts.values())
+    books = sum(sum(parts.get(name, (0.0, 0.0))) for name in BOOKKEEPING)
     lines = [
         f"# Where a training step goes: {options.design}",
         "",
@@ -179,16 +202,15 @@ def main() -> None:
         "",
         f"Under torch's profiler, which adds to it, a step with `auto` took {whole:.1f} ms:",
         "",
-        "| part | ms | share |",
-        "|---|---:|---:|",
+        "| part | forward, ms | backward, ms | share |",
+        "|---|---:|---:|---:|",
         *(
-            f"| {name} | {value:.2f} | {value / whole:.1%} |"
-            for name, value in sorted(parts.items(), key=lambda item: -item[1])
+            f"| {name} | {there:.2f} | {back:.2f} | {(there + back) / whole:.1%} |"
+            for name, (there, back) in sorted(parts.items(), key=lambda item: -sum(item[1]))
         ),
         "",
-        f"Routing, plan, routing losses and statistics together: "
-        f"{sum(parts.get(name, 0.0) for name in BOOKKEEPING) / whole:.1%}, what the backward pass "
-        "does for them left out.",
+        f"Routing, plan, routing losses and statistics together: {books / whole:.1%}. Backward, "
+        f"{REST} is embedding, norms, residuals and adding up gradients.",
         "",
     ]
     write_text(options.output.with_suffix(".md"), "\n".join(lines))

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moekit.errors import SignalError, SpecError
 from moekit.routing import NullAwareBalance, Site
 from moekit.routing.losses import Batch
+from moekit.surgery.added_loss import with_loss_added
 from moekit.surgery.view import block_views
 from moekit.surgery.view_architectures import architecture_of
 from moekit.surgery.wrapped import WrappedConfig, WrappedForCausalLM
@@ -149,10 +150,11 @@ class GraftedMoEForCausalLM(WrappedForCausalLM):  # type: ignore[no-untyped-call
         """As the original model."""
         output = super().forward(*args, **kwargs)
         weight = self.config.balance_weight
-        if self.training and weight and isinstance(getattr(output, "loss", None), Tensor):
-            mask = kwargs.get("attention_mask")
-            output.loss = output.loss + weight * self.balance_loss(mask).to(output.loss.dtype)
-        return output
+        if not (self.training and weight):
+            return output
+        return with_loss_added(
+            output, super().forward, args, kwargs, lambda mask: weight * self.balance_loss(mask)
+        )
 
     def balance_loss(self, attention_mask: Tensor | None = None) -> Tensor:
         """AdaMoE's null-aware balance loss of the last call, summed over layers, unweighted.

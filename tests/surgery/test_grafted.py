@@ -194,6 +194,8 @@ def test_the_balance_loss_is_that_of_the_paper_without_padding() -> None:
     mask_BT[1, 6:] = 0
     model.train()
     loss = model(input_ids=tokens(), attention_mask=mask_BT, labels=tokens()).loss.detach()
+    placed = model(tokens(), mask_BT, labels=tokens(), return_dict=False)
+    torch.testing.assert_close(placed[0].detach(), loss)
     valid_N = mask_BT.flatten().bool()
     total = 0.0
     for router in model.routers:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from moekit.surgery.adapt.own_experts import is_own, update_experts
 from moekit.surgery.adapt.parts import parts_of
 from moekit.surgery.adapt.peft_parts import inject
 from moekit.surgery.adapt.spec import AdaptSpec
+from moekit.surgery.added_loss import with_loss_added
 
 ROUTER = "mole_router"  # its name in a feed-forward part
 _INSTALLED = "moekit_adapter"
@@ -148,12 +148,16 @@ def _route(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     module.get_submodule(ROUTER)(x)
 
 
-def _add_balance(model: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+def _add_balance(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     spec = adapter_of(model)
-    loss = getattr(output, "loss", None)
-    if not (spec.balance and model.training and isinstance(loss, Tensor)):
-        return
-    mask = kwargs.get("attention_mask")
-    mask_BT = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-    balance = mole_loss(model, mask_BT, spec.pooled)
-    output.loss = loss + spec.balance * balance.to(loss.dtype)
+    if not (spec.balance and model.training):
+        return output
+    return with_loss_added(
+        output,
+        model.forward,
+        args,
+        kwargs,
+        lambda mask_BT: spec.balance * mole_loss(model, mask_BT, spec.pooled),
+    )
