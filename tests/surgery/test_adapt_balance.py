@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_adapt_mixture import SPEC, adapted, tokens
+from test_adapt_mixture import SPEC, adapted, llama, tokens
 from torch import Tensor, nn
 
-from moekit.surgery.adapt import MixtureRouter, adapter_parameters, mole_loss
+from moekit.surgery.adapt import MixtureRouter, adapter_parameters, install_adapter, mole_loss
 from moekit.surgery.adapt.mixture import Mixed
 
 
