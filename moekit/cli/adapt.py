@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from moekit.cli import options as opt
-from moekit.cli.checkpoint import load_base
+from moekit.cli.checkpoint import load_base, require_vocabulary
 from moekit.cli.progress import StudyBars
 from moekit.cli.result import require_free, write_model
 from moekit.data import PairData, PairSpec, TextData, load_tokenizer, prepare, prepare_pairs
@@ -161,6 +161,8 @@ def adapt_command(
     require_free(output)
     model: Any = nn.Module.to(load_base(checkpoint), where)
     words = load_tokenizer(tokenizer or checkpoint)
+    if tokenizer is not None:
+        require_vocabulary(words, model.config)
     install_adapter(model, spec)
     found: TextData | PairData
     with StudyBars(quiet=quiet) as bars:
@@ -169,7 +171,7 @@ def adapt_command(
             found = prepare_pairs(pairs, words, bars.preparing())
         else:
             text = opt.text_spec(data, text_column, tokenizer or checkpoint, 4096, sequence_length)
-            found = prepare(text.replace(seed=seed), progress=bars.preparing())
+            found = prepare(text.replace(seed=seed, test_share=0.0), progress=bars.preparing())
     work = output.with_name(f".{output.name}.work")
     reporter = SilentProgress() if quiet else RichProgress()
     report = fit_adapter(model, found.train, found.validation, fit, work=work, reporter=reporter)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import moekit.models.language
 import moekit.surgery  # noqa: F401  (both register our checkpoints with transformers)
 from moekit.compare.run import first_line
-from moekit.errors import CheckpointError
+from moekit.errors import CheckpointError, SpecError
 from moekit.measure import inspect_checkpoint
 from moekit.measure.inspect import read_config
 from moekit.surgery.adapt import is_adapter, load_adapter
@@ -31,6 +36,20 @@ def load_model(checkpoint: str) -> PreTrainedModel:
     model = load_adapter(load_base(base), checkpoint)
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Refuse another model's tokenizer whose ids this model does not have.
+
+    Raises:
+        SpecError: the largest id has no row in the embedding.
+    """
+    largest, rows = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
+    if largest >= rows:
+        raise SpecError(
+            f"the tokenizer {tokenizer.name_or_path} has ids up to {largest}, and the model's "
+            f"embedding {rows} rows; leave --tokenizer out, or give the one of this model"
+        )
 
 
 def load_base(checkpoint: str) -> PreTrainedModel:

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moekit.cli import options as opt
+from moekit.cli.checkpoint import require_vocabulary
 from moekit.cli.progress import StudyBars
 from moekit.cli.prune import setting_of
 from moekit.compare.record import write_json
-from moekit.data import TextData, prepare
+from moekit.data import TextData, load_tokenizer, prepare
 from moekit.errors import SpecError
 from moekit.surgery import Checkpoint, local_folder
 from moekit.surgery.unlearn import (
@@ -111,7 +112,8 @@ def unlearn_command(
         int, typer.Option(help="Tokens of forget text that experts are attributed with.")
     ] = 100_000,
     held_out: Annotated[
-        int, typer.Option(help="Most held-out sequences of each text at every look.")
+        int,
+        typer.Option(help="Most held-out sequences of each text at every look, in whole batches."),
     ] = 64,
     text_column: opt.TextColumn = None,
     tokenizer: Annotated[
@@ -154,14 +156,18 @@ def unlearn_command(
         raise SpecError(f"--held-out is {held_out}; wanted at least 1")
     opt.require_writable(output.parent)
     folder = local_folder(checkpoint)
-    Checkpoint(folder)  # a damaged file is named before any text is read
+    source_config = Checkpoint(folder).config  # a damaged file is named before any text is read
+    if tokenizer is not None:
+        require_vocabulary(load_tokenizer(tokenizer), source_config)
     with StudyBars(quiet=quiet) as bars:
         found: list[TextData] = []
         for source in (forget, retain):
             text = opt.text_spec(
                 source, text_column, tokenizer or str(folder), 4096, sequence_length
             )
-            found.append(prepare(text.replace(seed=seed), progress=bars.preparing()))
+            found.append(
+                prepare(text.replace(seed=seed, test_share=0.0), progress=bars.preparing())
+            )
     trains = spec.algorithm.retain_weight > 0
     texts = Texts(
         forget=found[0].train,
@@ -172,9 +178,11 @@ def unlearn_command(
     )
     reporter = SilentProgress() if quiet else RichProgress()
     report = unlearn(folder, output, texts, spec, device=where, reporter=reporter)
-    write_json(output / REPORT, report.to_dict())
+    sequences = {"unlearned": len(texts.forget), "held_out": len(texts.forget_held_out)}
+    result = {**report.to_dict(), "forget_sequences": sequences}
+    write_json(output / REPORT, result)
     if as_json:
-        typer.echo(json.dumps({"output": str(output), **report.to_dict()}, indent=1))
+        typer.echo(json.dumps({"output": str(output), **result}, indent=1))
         return
     _show(report, output)
 

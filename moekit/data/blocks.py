@@ -105,9 +105,12 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text a token of the blocks; nats a token / this / ln 2 = bits a byte."""
+        """UTF-8 bytes of text a token of the blocks; nats a token / this / ln 2 = bits a byte.
+
+        0 where there is no block.
+        """
         used = len(self) * self.sequence_length
-        return self._bytes_before(used) / used
+        return self._bytes_before(used) / used if used else 0.0
 
     def token_groups(self, index: int) -> Tensor:
         """The group of each token of block ``index``, (T,), -1 where it has none."""

@@ -52,7 +52,7 @@ class TextSpec(Spec):
         vocab_size: size of the vocabulary when one is trained.
         sequence_length: tokens in a block.
         validation_share: share of the documents for validation, unless the source gives splits.
-        test_share: share of the documents for test, unless the source gives splits.
+        test_share: share of the documents for test, unless the source gives splits; 0 for none.
         text_column: column of the text in JSON lines, parquet and hub data sets.
         group_column: column of the group.
         split_column: column of the split.
@@ -86,7 +86,8 @@ class TextSpec(Spec):
         )
         self.require(self.seed >= 0, f"seed is {self.seed}; wanted 0 or more")
         self.require(
-            self.validation_share > 0 and self.test_share > 0, "shares must be more than 0"
+            self.validation_share > 0 and self.test_share >= 0,
+            "validation_share must be more than 0, and test_share 0 or more",
         )
         self.require(
             self.validation_share + self.test_share < 1,
@@ -265,7 +266,8 @@ def _load(folder: Path, spec: TextSpec, description: str) -> TextData:
     )
     data = {name: open_split(split=name) for name in SPLITS}
     for packed in data.values():
-        _require_block(packed, description)
+        if packed.split != "test" or spec.test_share:
+            _require_block(packed, description)
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     return TextData(
         **data,

@@ -144,7 +144,7 @@ def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend:
     whole = x_ND.dtype in (torch.float32, torch.float64)
     training = _training(x_ND, bank)
     few = NATIVE_IN_HALF_TRAINING if training else NATIVE_IN_HALF
-    ahead = whole or rows_an_expert <= few or Native.in_pairs(bank, training)
+    ahead = whole or rows_an_expert <= few or Native.in_pairs(bank, rows_an_expert, training)
     if ahead and Native.takes(x_ND, bank):
         return Native()
     if whole and rows_an_expert <= FEW and inner * width >= SMALL_EXPERT:

@@ -21,6 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # Work, in multiply-adds, below which one thread is done before a second one is awake.
 ONE_THREAD = 2**20
 ONE_THREAD_WRITES = 2**18  # bytes of gradients, likewise
+MUCH_WORK = 2**27  # of an expert's first product, on 16 cores of a Xeon
 # Bytes of gradients from which on their memory is fresh from the system each time, whoever asks
 # for it, so that pages of experts without rows need never be touched.
 FRESH = 2**26
@@ -41,13 +42,18 @@ class Native(Backend):
         return x_ND.device.type == "cpu" and fits and alike and laid and library() is not None
 
     @staticmethod
-    def in_pairs(bank: FeedForward, training: bool) -> bool:
-        """Whether rows of bfloat16, if they are many, run in pairs, faster than anything else."""
+    def in_pairs(bank: FeedForward, rows_an_expert: float, training: bool) -> bool:
+        """Whether rows of bfloat16, if they are many, run in pairs, faster than anything else.
+
+        Matrix units (AMX), which pairs do without, are ahead of them for much work an expert.
+        """
         kernels = library()
         biased = bank.up_bias_EJ is not None or bank.down_bias_EO is not None
         if kernels is None or (training and biased):
             return False
         width, hidden = bank.up_EJD.shape[2], bank.down_EOH.shape[2]
+        if rows_an_expert * 2 * hidden * width > MUCH_WORK and kernels.moekit_has_matrix_units():
+            return False
         return bool(kernels.moekit_has_pairs(width, hidden, bank.out_width))
 
     def forward(

@@ -337,10 +337,19 @@ int moekit_runs_in_pairs(const Call* call) {
 #endif
 }
 
-// Whether many rows of these sizes are multiplied in pairs, and nothing on this CPU is faster.
+// Whether many rows of these sizes are multiplied in pairs.
 int moekit_has_pairs(Size width, Size hidden, Size out_width) {
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
   return pairs_take(width, hidden, out_width);
+#else
+  return 0;
+#endif
+}
+
+// Whether the CPU has matrix units, which other libraries use for bfloat16 and these kernels do not.
+int moekit_has_matrix_units() {
+#if defined(__AMX_BF16__)
+  return 1;
 #else
   return 0;
 #endif

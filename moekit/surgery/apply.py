@@ -15,7 +15,7 @@ from moekit.surgery.blockwise import BlockwiseModel
 from moekit.surgery.checkpoint import Checkpoint
 from moekit.surgery.plan import BlockPlan
 from moekit.surgery.pruned import PrunedMoEConfig, PrunedMoEForCausalLM
-from moekit.surgery.shards import ShardWriter, appearing
+from moekit.surgery.shards import ShardWriter, appearing, is_report
 from moekit.surgery.view import BlockView, block_views
 from moekit.surgery.view_architectures import OwnDecoder, architecture_of
 
@@ -157,5 +157,5 @@ def copy_rest(source: Path, target: Path) -> None:
     """The tokenizer, the generation config and the like."""
     for path in sorted(source.iterdir()):
         is_ours = path.name == "config.json" or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in _COPIED and not is_ours:
+        if path.is_file() and path.suffix in _COPIED and not (is_ours or is_report(path)):
             shutil.copyfile(path, target / path.name)

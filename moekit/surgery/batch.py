@@ -22,11 +22,13 @@ class Batch:
         token_BT: token ids.
         mask_BT: 0 for padding; None where there is none.
         target_BT: the token after each, of length T - 1; -100 where none is predicted.
+        learned_BT: False for padding, and where labels are -100.
     """
 
     token_BT: Tensor
     mask_BT: Tensor | None
     target_BT: Tensor
+    learned_BT: Tensor
 
     @property
     def valid_BT(self) -> Tensor:
@@ -55,6 +57,7 @@ def batch_of(
         token_BT.to(device),
         None if bool(valid_BT.all()) else mask_BT.to(device),
         target_BT.to(device),
+        (valid_BT & (label_BT != IGNORED)).to(device),
     )
 
 

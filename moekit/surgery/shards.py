@@ -71,6 +71,11 @@ class ShardWriter:
         return self.folder / f"part-{number:05}"
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file of a checkpoint says how a command of ours made it, not what it is."""
+    return path.name.startswith("moekit_") and path.suffix == ".json"
+
+
 @contextmanager
 def appearing(output: Path) -> Iterator[Path]:
     """A folder to fill, which takes the name ``output`` once the block ends without an error.

@@ -265,7 +265,8 @@ def _findings(pairs: dict[str, list[dict[str, Any]]], quick: bool) -> tuple[Find
 
     def holds(other: str, in_words: str) -> Finding:
         return _compared(
-            f"The anchor keeps the choice of experts on the forgotten text better than {in_words}",
+            "At equal forgetting, the anchor keeps the choice of experts on the forgotten text "
+            f"better than {in_words}",
             *_both(pairs[one], pairs[other], "overlap"),
             "more of the selected experts that stay selected",
             quick,
@@ -289,9 +290,9 @@ def _findings(pairs: dict[str, list[dict[str, Any]]], quick: bool) -> tuple[Find
 def _both(
     more: Sequence[dict[str, Any]], less: Sequence[dict[str, Any]], key: str
 ) -> tuple[list[float], int]:
-    """Differences of the pairs that both have a value in; and how many pairs there are."""
+    """Differences of the pairs that both forgot as much as asked; how many pairs there are."""
     pairs = zip(more, less, strict=True)
-    return [a[key] - b[key] for a, b in pairs if None not in (a[key], b[key])], len(more)
+    return [a[key] - b[key] for a, b in pairs if None not in (a["lost"], b["lost"])], len(more)
 
 
 def _compared(

@@ -12,6 +12,7 @@ from command_line import Moekit
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     OlmoeConfig,
@@ -74,6 +75,8 @@ def test_a_result_and_its_report(moekit: Moekit, small: list[str], olmoe: Path) 
     assert report["spec"]["algorithm"] == {"kind": "NPO", "beta": 0.1, "weight": 1.0}
     assert report["spec"]["targets"]["kind"] == "Attributed"
     assert report["steps"] == 4
+    sequences = report["forget_sequences"]  # of a file cut into chunks, one is held out
+    assert sequences["unlearned"] > 5 * sequences["held_out"] > 0
     assert len(report["experts"]) == 1
     assert report["trained"] == 3 * 16 * 16 + 8 * 16
     assert 0 < report["changed_share"] < 0.1
@@ -126,6 +129,9 @@ def test_help_has_examples(moekit: Moekit) -> None:
         (["--set", "beta"], "is not NAME=VALUE"),
         (["--set", "bta=0.1"], "NPO has no field 'bta'"),
         (["--set", "beta=0"], "beta is 0; wanted more than 0"),
+        (["--set", "kind=GA"], "kind is no setting of npo"),
+        (["--set", "name=x"], "NPO has no field 'name'"),
+        (["--set", "cls=x"], "NPO has no field 'cls'"),
         (["--train=some"], "wanted one of expert, random"),
         (["--experts=0"], "wanted at least 1 expert"),
         (["--experts=99"], "99 experts cannot be selected"),
@@ -149,6 +155,18 @@ def test_help_has_examples(moekit: Moekit) -> None:
 def test_mistakes(moekit: Moekit, small: list[str], options: list[str], said: str) -> None:
     assert said in moekit(*small, *options, "--output=out").sentence
     assert not Path("out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    moekit: Moekit, small: list[str], text: Path, tmp_path: Path
+) -> None:
+    train_tokenizer([text.read_text() * 3], 300, tmp_path / "cache").save_pretrained("other")
+    tokenizer = AutoTokenizer.from_pretrained("other")
+    tokenizer.add_tokens([f"<{n}>" for n in range(60)])
+    tokenizer.save_pretrained("other")
+    ended = moekit(*small, "--tokenizer=other", "--output=out")
+    assert "has ids up to" in ended.sentence
+    assert "280 rows" in ended.sentence
 
 
 def test_a_dense_checkpoint_has_no_experts(moekit: Moekit, small: list[str]) -> None:

@@ -266,7 +266,17 @@ def test_perplexity_at_equal_forgetting_is_between_the_looks_around_it() -> None
     report = unlearn_model(tiny("olmoe"), TEXTS, SHORT.replace(steps=2))
 
     def at(times: float, *points: tuple[float, float | None]) -> float | None:
-        looks = tuple(Look(step, *point, loss=None) for step, point in enumerate(points))
+        looks = tuple(
+            Look(
+                step,
+                forget,
+                retain,
+                loss=None,
+                forget_nats=math.log(forget),
+                retain_nats=None if retain is None else math.log(retain),
+            )
+            for step, (forget, retain) in enumerate(points)
+        )
         return dataclasses.replace(report, looks=looks).retain_perplexity_at(times)
 
     path = ((10.0, 5.0), (20.0, 5.0), (80.0, 20.0), (100.0, 1.0))

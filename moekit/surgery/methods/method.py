@@ -64,12 +64,14 @@ class Method(Spec):
         raise NotImplementedError
 
     @classmethod
-    def named(cls, name: str, **settings: object) -> Method:
+    def named(cls, name: str, /, **settings: object) -> Method:
         """The method of this name.
 
         Raises:
             SpecError: there is none, or a setting does not fit it.
         """
+        if "kind" in settings:
+            raise SpecError(f"kind is no setting of {name}; name the method itself")
         found = {kind.name: kind for kind in cls.kinds().values()}
         if name not in found:
             raise SpecError(f"there is no method {name!r}; known: {', '.join(sorted(found))}")

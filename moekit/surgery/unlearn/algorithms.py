@@ -72,12 +72,14 @@ class Algorithm(Spec):
         raise NotImplementedError
 
     @classmethod
-    def named(cls, name: str, **settings: object) -> Algorithm:
+    def named(cls, name: str, /, **settings: object) -> Algorithm:
         """The algorithm of this name.
 
         Raises:
             SpecError: there is none, or a setting does not fit it.
         """
+        if "kind" in settings:
+            raise SpecError(f"kind is no setting of {name}; name the algorithm itself")
         found = {kind.name: kind for kind in cls.kinds().values()}
         if name not in found:
             raise SpecError(f"there is no algorithm {name!r}; known: {', '.join(sorted(found))}")

@@ -44,7 +44,7 @@ class RouterAnchorLoss(nn.Module):
             which is E times smaller.
 
     Raises:
-        SpecError: no expert is chosen.
+        SpecError: no expert is chosen, or one by a negative number; an unknown reduction.
 
     >>> loss = RouterAnchorLoss([1])
     >>> float(loss(torch.tensor([[0.0, 1.0], [0.5, 0.5]])))
@@ -53,8 +53,12 @@ class RouterAnchorLoss(nn.Module):
 
     def __init__(self, experts: Sequence[int], reduction: Literal["sum", "mean"] = "sum") -> None:
         super().__init__()
-        if not experts:
-            raise SpecError("an anchor holds the router at chosen experts; none is given")
+        if not experts or min(experts) < 0:
+            raise SpecError(
+                f"an anchor holds the router at chosen experts, counted from 0; {experts} is given"
+            )
+        if reduction not in ("sum", "mean"):
+            raise SpecError(f"reduction is {reduction!r}; wanted sum or mean")
         self.experts = tuple(experts)
         self.reduction = reduction
 
@@ -64,7 +68,15 @@ class RouterAnchorLoss(nn.Module):
         Args:
             probability_NE: of all experts, for each token.
             valid_N: False for padding, which is left out.
+
+        Raises:
+            SpecError: the router has no such expert.
         """
+        if max(self.experts) >= probability_NE.shape[-1]:
+            raise SpecError(
+                f"the anchor is at expert {max(self.experts)}, and the router has "
+                f"{probability_NE.shape[-1]}"
+            )
         if valid_N is not None:
             probability_NE = probability_NE[valid_N]
         wanted_E = probability_NE.new_zeros(probability_NE.shape[-1])

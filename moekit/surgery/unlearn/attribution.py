@@ -49,10 +49,13 @@ def attribute_experts(
 
     Raises:
         DataError: the text has no token.
-        SpecError: the model has no MoE block, or is not supported.
+        SpecError: the model has no MoE block, or is not supported; ``tokens`` or ``batch_size`` is
+            less than 1.
         CheckpointError: probabilities are not finite.
     """
     require_tokens(data, "the text to attribute experts with")
+    if batch_size < 1 or (tokens is not None and tokens < 1):
+        raise SpecError(f"batch_size is {batch_size}, tokens {tokens}; wanted at least 1 of each")
     views = block_views(model)
     chosen = _sample(data, tokens, seed)
     was_training = model.training
@@ -106,6 +109,20 @@ def select_experts(
         raise SpecError(f"{m} experts cannot be selected; wanted 1 to {there}, the routed experts")
     order = scores_LE.flatten().argsort(descending=True, stable=True)[:m].tolist()
     return [(index // experts, index % experts) for index in order]
+
+
+def require_scores(scores_LE: Tensor, views: Sequence[BlockView]) -> None:
+    """Refuse scores that are not those of a model's experts.
+
+    Raises:
+        SpecError: they have another shape.
+    """
+    wanted = (len(views), max(view.experts for view in views))
+    if tuple(scores_LE.shape) != wanted:
+        raise SpecError(
+            f"scores_LE has shape {tuple(scores_LE.shape)}; wanted {wanted}, a row for each MoE "
+            "block, as attribute_experts gives"
+        )
 
 
 def _sample(data: TokenBlocks, tokens: int | None, seed: int) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moekit.data.pairs import IGNORED
 from moekit.errors import DataError, DivergedError, SpecError
 from moekit.measure.observe import TokenBlocks
 from moekit.surgery.batch import Batch, batch_of
@@ -55,12 +56,15 @@ class Look:
         step: after how many steps.
         forget_perplexity, retain_perplexity: on held-out text; the latter None without it.
         loss: forget loss of the last step with the anchor; None before the first.
+        forget_nats, retain_nats: logarithms of the perplexities, finite where these are not.
     """
 
     step: int
     forget_perplexity: float
     retain_perplexity: float | None
     loss: float | None
+    forget_nats: float
+    retain_nats: float | None
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class Loop:
     ) -> None:
         self.model, self.trained, self.spec = model, trained, spec
         self.texts, self.store, self.reporter = texts, store, reporter
+        self._choice = repr(choice)
         anchored = choice.anchored() if spec.anchor > 0 else {}
         self.anchors = {
             block: RouterAnchorLoss(experts, spec.anchor_reduction)
@@ -136,6 +141,9 @@ class Loop:
         try:
             with self.trained.training():
                 step, forget, retain = self._train(step, looks)
+        except DivergedError:
+            self.trained.restore()
+            raise
         finally:
             self.reporter.finish()
         return Outcome(
@@ -165,11 +173,9 @@ class Loop:
     def _objective(self, choice: Choice) -> Objective:
         views = block_views(self.model)
         blocks = range(len(views)) if choice.everything else choice.blocks
-        first = batch_of(
-            self.texts.forget,
-            range(min(self.spec.batch_size, len(self.texts.forget))),
-            self.model.device,
-        )
+        start = first_learned(self.texts.forget) or 0
+        stop = min(start + self.spec.batch_size, len(self.texts.forget))
+        first = batch_of(self.texts.forget, range(start, stop), self.model.device)
         given = Start(
             run=self.run,
             batch=first,
@@ -227,13 +233,20 @@ class Loop:
         return found
 
     def _look(self, step: int, forget: Reading, retain: Reading | None, loss: float | None) -> Look:
-        return Look(step, forget.perplexity, None if retain is None else retain.perplexity, loss)
+        return Look(
+            step,
+            forget.perplexity,
+            None if retain is None else retain.perplexity,
+            loss,
+            forget.loss,
+            None if retain is None else retain.loss,
+        )
 
     def _reached(self, looks: list[Look]) -> bool:
         until = self.spec.until
         if until is None:
             return False
-        return looks[-1].forget_perplexity >= until * looks[0].forget_perplexity
+        return looks[-1].forget_nats >= math.log(until) + looks[0].forget_nats
 
     def _ended(self, step: int, looks: list[Look]) -> bool:
         return step >= self.spec.steps or (looks[-1].step == step and self._reached(looks))
@@ -245,7 +258,11 @@ class Loop:
                 draw.skip_to(step * self.spec.sequences)
 
     def _save(self, step: int, looks: list[Look]) -> None:
-        facts = {"step": step, "looks": [dataclasses.asdict(look) for look in looks]}
+        facts = {
+            "step": step,
+            "choice": self._choice,
+            "looks": [dataclasses.asdict(look) for look in looks],
+        }
         self.store.save(facts, optimiser_tensors(self.optimiser, self.trained.leaves))
 
     def _resume(self, looks: list[Look]) -> tuple[int, list[Look]]:
@@ -253,6 +270,8 @@ class Loop:
         if stored is None:
             return 0, looks
         facts, tensors = stored
+        if facts["choice"] != self._choice:  # other experts were attributed: another run
+            return 0, looks
         restore(self.optimiser, self.trained.leaves, tensors)
         self.trained.write()
         return int(facts["step"]), [Look(**look) for look in facts["looks"]]
@@ -307,9 +326,19 @@ def require_texts(texts: Texts, spec: UnlearnSpec) -> None:
     for name, data in named.items():
         if data is not None and len(data) == 0:
             raise DataError(f"{name} is empty; give more of it, or shorter sequences")
+        if data is not None and first_learned(data) is None:
+            raise DataError(
+                f"{name} has no token to predict: all of it is padding, or labels are -100"
+            )
 
 
-def drawn_tokens(data: TokenBlocks, spec: UnlearnSpec, seed: int) -> Iterator[Tensor]:
+def first_learned(data: TokenBlocks) -> int | None:
+    """The first sequence with a token to predict, None if there is none."""
+    learned = (bool((batch_of(data, [i]).target_BT != IGNORED).any()) for i in range(len(data)))
+    return next((index for index, is_learned in enumerate(learned) if is_learned), None)
+
+
+def drawn_blocks(data: TokenBlocks, spec: UnlearnSpec, seed: int) -> Iterator[dict[str, Tensor]]:
     """The sequences that a run would draw, each once, to tell runs on other text apart."""
     for index in sorted(set(order_of(data, spec, seed))):
-        yield data[index]["input_ids"]
+        yield data[index]

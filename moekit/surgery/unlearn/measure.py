@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moekit.data.pairs import IGNORED
-from moekit.errors import DataError
-from moekit.measure.fluctuation import Fluctuation, routing_fluctuation
+from moekit.errors import CheckpointError, DataError
+from moekit.measure.fluctuation import Fluctuation
 from moekit.measure.observe import TokenBlocks
 from moekit.routing import Routing
 from moekit.surgery.batch import batches_of
@@ -109,8 +109,14 @@ def selection_overlap(
     """
     if len(data) == 0:
         raise DataError("there is no text to compare selections on; give some")
-    found = routing_fluctuation([before, after], data, batch_size)[0]
-    return torch.tensor([1 - layer.changed_slots for layer in found], dtype=torch.float64)
+    one, other = (read(model, data, batch_size) for model in (before, after))
+    sizes = [[routing.experts for routing in reading.routings] for reading in (one, other)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"the models have {sizes[0]} and {sizes[1]} experts in their layers; wanted two states "
+            "of one model"
+        )
+    return torch.tensor(one.overlap(other), dtype=torch.float64)
 
 
 @contextmanager

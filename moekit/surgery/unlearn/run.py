@@ -26,7 +26,7 @@ class Seen:
     Attributes:
         nats_BT: nats of each predicted token; None for a pass that stops at a hidden state.
         batch: of what.
-        hidden_ND: hidden states of the tokens that are not padding, after the layer asked for.
+        hidden_ND: hidden states of the tokens that are learned, after the layer asked for.
         probabilities: of the watched routers (N, E), by the number of their block.
     """
 
@@ -86,7 +86,7 @@ class Runner:
                 return Seen(batch, nats_BT=nats_BT, probabilities=probabilities)
             with _after(self.model, hidden_after) as found:
                 self.model.base_model(batch.token_BT, attention_mask=batch.mask_BT, use_cache=False)
-            hidden_ND = found[0][batch.valid_BT]
+            hidden_ND = found[0][batch.learned_BT]
             return Seen(batch, hidden_ND=hidden_ND, probabilities=probabilities)
 
     @torch.no_grad()

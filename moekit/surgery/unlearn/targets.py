@@ -15,6 +15,8 @@ from moekit.spec import Spec
 from moekit.surgery.unlearn.attribution import select_experts
 from moekit.surgery.view import BlockView, block_views
 
+_TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -230,10 +232,13 @@ def choice_of(model: PreTrainedModel, targets: Targets, scores: Scores) -> Choic
         SpecError: there is no such part, or the experts are quantised.
     """
     views = block_views(model)
+    quantised = getattr(model.config, "quantization_config", None) is not None
     for view in views:
-        if not view.bank.up.is_floating_point():
+        weights = (*(w for _, w in view.bank.items()), view.router.weight)
+        packed = [weight.dtype for weight in weights if weight.dtype not in _TRAINABLE]
+        if packed or quantised:
             raise SpecError(
-                f"the experts of {view.name} are {view.bank.up.dtype}, a packed type; load the "
-                "model in full precision"
+                f"the experts of {view.name} are {packed[0] if packed else 'quantised'}, a packed "
+                "type; load the model in full precision"
             )
     return targets.choose(views, scores)

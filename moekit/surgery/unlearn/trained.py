@@ -63,6 +63,8 @@ class Trained:
     def training(self) -> Iterator[None]:
         """Gradients for what is trained and nothing else, while the block lasts."""
         self.model.requires_grad_(False)
+        for parameter in self.model.parameters():
+            parameter.grad = None  # of an earlier backward pass
         for parameter in self.whole.values():
             parameter.requires_grad_(True)
         handles = [tap.attach() for tap in self.taps]
@@ -104,6 +106,10 @@ class Trained:
             yield
         finally:
             self._put(now)
+
+    def restore(self) -> None:
+        """Put the weights back that the model had before training."""
+        self._put(self._before)
 
     def _now(self) -> list[_Held]:
         slices: list[_Held] = [t.view.expert(t.expert) for t in self.taps]

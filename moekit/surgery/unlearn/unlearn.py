@@ -20,14 +20,16 @@ from moekit.data.fingerprint import digest_of, fingerprint_of
 from moekit.errors import CheckpointError, OutputError
 from moekit.surgery.checkpoint import Checkpoint, local_folder
 from moekit.surgery.run_store import RunStore
-from moekit.surgery.unlearn.attribution import attribute_experts
-from moekit.surgery.unlearn.loop import Look, Loop, Outcome, Texts, drawn_tokens, require_texts
+from moekit.surgery.unlearn.attribution import attribute_experts, require_scores
+from moekit.surgery.unlearn.loop import Look, Loop, Outcome, Texts, drawn_blocks, require_texts
 from moekit.surgery.unlearn.spec import UnlearnSpec
 from moekit.surgery.unlearn.targets import Choice, choice_of
 from moekit.surgery.unlearn.trained import Trained
 from moekit.surgery.unlearn.write import write_unlearned
 from moekit.surgery.view import BlockView, block_views
 from moekit.training.progress import ProgressReporter, SilentProgress
+
+_FORMAT = 2  # of what is kept of a run
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class UnlearnReport:
         steps: steps taken.
         reached: whether perplexity on held-out forget text rose as far as was asked.
         parameters: of the whole model; tied ones once.
-        trained: parameters that had gradients.
+        trained: parameters that were free to change.
         changed: parameters that are no longer what they were.
         forget, retain: ``before`` and ``after`` on held-out text: loss, perplexity, accuracy (of
             the most likely next token) and tokens. ``retain`` is None without such text.
@@ -92,17 +94,17 @@ class UnlearnReport:
         Returns:
             None where there is no held-out retain text, or the run never came so far.
         """
-        wanted = math.log(times * self.looks[0].forget_perplexity)
+        wanted = math.log(times) + self.looks[0].forget_nats
         for one, other in itertools.pairwise(self.looks):
-            f0, f1 = (math.log(look.forget_perplexity) for look in (one, other))
-            if f0 < wanted <= f1 and one.retain_perplexity and other.retain_perplexity:
-                r0, r1 = math.log(one.retain_perplexity), math.log(other.retain_perplexity)
+            f0, f1, r0, r1 = one.forget_nats, other.forget_nats, one.retain_nats, other.retain_nats
+            if f0 < wanted <= f1 and r0 is not None and r1 is not None:
                 return math.exp(r0 + (r1 - r0) * (wanted - f0) / (f1 - f0))
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {**dataclasses.asdict(self), "changed_share": self.changed_share}
+        """JSON values; None for a perplexity that is too large for a number."""
+        found: dict[str, Any] = _finite(dataclasses.asdict(self))
+        return {**found, "changed_share": self.changed_share}
 
 
 def unlearn(
@@ -159,7 +161,7 @@ def unlearn_model(
 ) -> UnlearnReport:
     """:func:`unlearn` of a model in memory, whose trained weights change in place.
 
-    It is left in evaluation mode.
+    It is left in evaluation mode, and with the weights that it had if the run diverges.
 
     Args:
         model: the model, on the device to run on.
@@ -195,6 +197,8 @@ class _Run:
         self.model, self.texts, self.spec = model, texts, spec
         self.store, self.reporter = store, reporter
         self._scores_LE = scores_LE
+        if scores_LE is not None:
+            require_scores(scores_LE, block_views(model))
         # Dropout and jitter are off, so that the model before is the same at every step.
         model.eval()  # type: ignore[no-untyped-call]
         self.choice: Choice = choice_of(model, spec.targets, self._scores)
@@ -259,6 +263,14 @@ class _Run:
         )
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_finite, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _sides(before: dict[str, float], after: dict[str, float]) -> dict[str, dict[str, float]]:
     return {"before": before, "after": after}
 
@@ -293,14 +305,20 @@ def _digest(source: Checkpoint, texts: Texts, spec: UnlearnSpec) -> str:
     digest = hashlib.sha256()
     drawn = [(texts.forget, spec.seed), (texts.retain, spec.seed + 1)]
     for data, seed in drawn:
-        for token_T in () if data is None else drawn_tokens(data, spec, seed):
-            digest.update(token_T.numpy().tobytes())
+        for block in () if data is None else drawn_blocks(data, spec, seed):
+            _add(digest, block)
     for held_out in (texts.forget_held_out, texts.retain_held_out):
         for index in range(0 if held_out is None else len(held_out))[: _looked_at(texts, spec)]:
             assert held_out is not None
-            digest.update(held_out[index]["input_ids"].numpy().tobytes())
+            _add(digest, held_out[index])
         digest.update(b"end")
-    return digest_of([fingerprint_of(files), spec.to_dict(), digest.hexdigest()])
+    return digest_of([_FORMAT, fingerprint_of(files), spec.to_dict(), digest.hexdigest()])
+
+
+def _add(digest: Any, block: dict[str, Tensor]) -> None:
+    for name, value in sorted(block.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
 
 
 def _looked_at(texts: Texts, spec: UnlearnSpec) -> int | None:

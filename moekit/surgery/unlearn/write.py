@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moekit.errors import CheckpointError, OutputError
 from moekit.surgery.checkpoint import Checkpoint
-from moekit.surgery.shards import appearing
+from moekit.surgery.shards import appearing, is_report
 from moekit.surgery.unlearn.trained import Trained
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".md")
@@ -42,7 +42,8 @@ def write_unlearned(
     with appearing(output) as folder:
         weights = {entry.file for entry in checkpoint.stored.values()}
         for path in sorted(checkpoint.folder.iterdir()):
-            if path.is_file() and (path.name in weights or path.suffix in _COPIED):
+            is_rest = path.suffix in _COPIED and not is_report(path)
+            if path.is_file() and (path.name in weights or is_rest):
                 _copy(path, folder / path.name)
         written = []
         for name, tensor in _new_tensors(checkpoint, model, trained):
