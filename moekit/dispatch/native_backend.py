@@ -4,9 +4,9 @@ rows."""
 from __future__ import annotations
 
 import ctypes
+import mmap
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -197,8 +197,7 @@ class NativeCall:
         """Memory for a weight's gradient."""
         if not self.fields.cleared:
             return self.room(name, *like.shape, dtype=like.dtype)
-        zeros = np.zeros(like.nbytes, dtype=np.uint8)  # calloc, which torch.zeros is not
-        tensor = torch.from_numpy(zeros).view(like.dtype).view(like.shape)
+        tensor = untouched(like)
         self.give(name, tensor)
         return tensor
 
@@ -213,6 +212,16 @@ class NativeCall:
         """Run a pass."""
         dtype = str(self.dtype).removeprefix("torch.")
         getattr(_kernels(), f"moekit_{name}_{dtype}")(ctypes.byref(self.fields))
+
+
+def untouched(like: Tensor) -> Tensor:
+    """Zeros of a tensor's shape and dtype, in pages that the system makes when they are touched.
+
+    Not by numpy, whose zeros ask for large pages: the system then moves memory about to find them,
+    which was slower than all else after other work.
+    """
+    pages = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
 
 
 def _kernels() -> ctypes.CDLL:

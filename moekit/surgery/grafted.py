@@ -68,14 +68,26 @@ class NullRouter(nn.Module):
         weight 0."""
         x_ND = x.reshape(-1, x.shape[-1])
         logits_NE = F.linear(x_ND, torch.cat([self.weight, self.null_weight]))
-        picked = logits_NE.float().softmax(-1).topk(self.config.k)
-        true_NK = picked.indices < len(self.weight)
-        own_NK = picked.values * true_NK
-        whole_NK = own_NK if self.config.normalize == "true" else picked.values
+        wide_NE = logits_NE.float()
+        # By logits: probabilities of all that are far behind the best are 0 alike.
+        logit_NK, expert_NK = wide_NE.topk(self.config.k)
+        true_NK = expert_NK < len(self.weight)
+        picked_NK = wide_NE.softmax(-1).gather(-1, expert_NK)
+        own_NK = picked_NK * true_NK
+        whole_NK = own_NK if self.config.normalize == "true" else picked_NK
         total_N1 = whole_NK.sum(-1, keepdim=True)
-        weight_NK = own_NK / torch.where(total_N1 > 0, total_N1, 1.0)
-        self.seen = logits_NE, picked.indices
-        return logits_NE, weight_NK.to(logits_NE.dtype), picked.indices
+        lost_N1 = total_N1 < torch.finfo(total_N1.dtype).tiny
+        weight_NK = torch.where(
+            lost_N1, _softmax_of(true_NK, logit_NK), own_NK / total_N1.masked_fill(lost_N1, 1.0)
+        )
+        self.seen = logits_NE, expert_NK
+        return logits_NE, weight_NK.to(logits_NE.dtype), expert_NK
+
+
+def _softmax_of(true_NK: Tensor, logit_NK: Tensor) -> Tensor:
+    """Softmax over a token's true picks; all zero where it has none."""
+    lowest = torch.finfo(logit_NK.dtype).min
+    return logit_NK.masked_fill(~true_NK, lowest).softmax(-1) * true_NK
 
 
 class TrueRows:

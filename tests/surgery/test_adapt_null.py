@@ -122,6 +122,18 @@ def test_a_true_expert_far_behind_a_null_one_still_has_weight_1() -> None:
     assert plan.weight_NK.sum(1).tolist() == [1.0] * 27
 
 
+def test_experts_are_chosen_by_logits_where_probabilities_are_all_zero() -> None:
+    router = MixtureRouter(2, ADAMOE.replace(router_bias=True, k=3), torch.zeros(1))
+    with torch.no_grad():
+        router.linear.weight.zero_()
+        router.linear.bias.copy_(torch.tensor([-300.0, -500.0, -200.0, -400.0, 0.0]))
+    router(torch.randn(1, 7, 2))
+    assert router.mixed is not None
+    assert router.mixed.expert_NK.tolist() == [[4, 2, 0]] * 7
+    assert router.mixed.plan is not None
+    assert router.mixed.plan.weight_NK.tolist() == [[0.0, 1.0, 0.0]] * 7
+
+
 def test_only_true_choices_are_computed() -> None:
     model = adapted(ADAMOE)
     model(input_ids=tokens())

@@ -156,6 +156,22 @@ def test_a_block_is_the_sum_over_its_true_picks(
     assert model.true_rows[0].rows == rows < 39
 
 
+def test_true_experts_far_behind_null_ones_are_still_the_best_of_theirs() -> None:
+    router = grafted("mixtral", k=3).routers[0]
+    with torch.no_grad():
+        router.weight.zero_()
+        router.null_weight.zero_()
+        router.weight[:, 0] = torch.tensor([-500.0, -300.0, -700.0, *[-900.0] * 5])
+        router.null_weight[1:, 0] = -1000.0
+    x_ND = torch.zeros(4, router.weight.shape[1])
+    x_ND[:, 0] = 1
+    _, weight_NK, expert_NK = router(x_ND)
+    assert expert_NK.tolist() == [[8, 1, 0]] * 4
+    assert weight_NK.tolist() == [[0.0, 1.0, 0.0]] * 4
+    router.config.normalize = "all"
+    assert router(x_ND)[1].tolist() == [[0.0, 0.0, 0.0]] * 4
+
+
 def test_only_true_rows_reach_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = grafted("mixtral")
     seen: list[int] = []

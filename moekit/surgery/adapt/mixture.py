@@ -57,7 +57,8 @@ class MixtureRouter(nn.Module):
         x_ND = x.reshape(-1, x.shape[-1])
         logit_NE = self.linear(x_ND.to(self.linear.weight.dtype))
         probability_NE = logit_NE.softmax(-1)
-        expert_NK = probability_NE.topk(self.spec.k).indices
+        # By logits: probabilities of all that are far behind the best are 0 alike.
+        expert_NK = logit_NE.topk(self.spec.k).indices
         if self.forced is not None:
             expert_NK = torch.full_like(expert_NK[:, :1], self.forced)
         plan = None if self._dense() else self._plan(logit_NE, probability_NE, expert_NK)
