@@ -126,7 +126,7 @@ def test_experts_are_chosen_by_logits_where_probabilities_are_all_zero() -> None
     router = MixtureRouter(2, ADAMOE.replace(router_bias=True, k=3), torch.zeros(1))
     with torch.no_grad():
         router.linear.weight.zero_()
-        router.linear.bias.copy_(torch.tensor([-300.0, -500.0, -200.0, -400.0, 0.0]))
+        router.linear.bias.copy_(torch.tensor([-600.0, -900.0, -400.0, -800.0, 0.0]))
     router(torch.randn(1, 7, 2))
     assert router.mixed is not None
     assert router.mixed.expert_NK.tolist() == [[4, 2, 0]] * 7
