@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from moekit.cli import options as opt
-from moekit.cli.checkpoint import load_model
+from moekit.cli.checkpoint import load_model, require_vocabulary
 from moekit.cli.progress import StudyBars
 from moekit.compare.record import write_json
 from moekit.data import ProgressHook, TextData, load_tokenizer, prepare
@@ -119,7 +119,9 @@ def prune_command(
     opt.require_writable(output.parent)
     files = {str(path): read_choices(path) for path in choices or []}
     folder = local_folder(checkpoint)
-    Checkpoint(folder)  # a damaged file is named before any text is read
+    source_config = Checkpoint(folder).config  # a damaged file is named before any text is read
+    if tokenizer is not None:
+        require_vocabulary(load_tokenizer(tokenizer), source_config)
     spec = opt.text_spec(data, text_column, tokenizer or str(folder), 4096, sequence_length)
     with StudyBars(quiet=quiet) as bars:
         text: TextData = prepare(spec.replace(seed=seed), progress=bars.preparing())

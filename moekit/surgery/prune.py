@@ -227,7 +227,7 @@ def removed_similarity(view: BlockView, plan: BlockPlan, input_SD: Tensor) -> fl
     removed = plan.removed
     if not removed or not len(input_SD):
         return None
-    x_SD = input_SD.to(view.bank.up.dtype)
+    x_SD = input_SD.to(view.bank.up)
     kept_KSD = [_direction(view, expert, x_SD) for expert in plan.keep]
     best = []
     for expert in removed:
