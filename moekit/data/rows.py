@@ -11,6 +11,7 @@ from typing import Any
 from moekit.data.columns import SPLIT_NAMES, Columns
 from moekit.data.files import JSON, JSON_LINES, json_objects, parquet_rows
 from moekit.data.hub import PREFIX, Hub
+from moekit.data.sources import files_below, matching_files
 from moekit.errors import DataError
 
 _TABLES = (".parquet", *JSON_LINES, *JSON)
@@ -41,11 +42,11 @@ def read_rows(source: str) -> Iterator[Row]:
 def _files(source: str) -> list[Path]:
     path = os.path.expanduser(source)
     if os.path.isdir(path):
-        found = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
+        found = list(files_below(Path(path)))
     elif os.path.exists(path):
         found = [Path(path)]
     elif glob.has_magic(source):
-        found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
+        found = list(matching_files(path))
     else:
         raise DataError(
             f"{source!r} does not exist; give JSON lines, parquet, a folder of such, or "

@@ -101,13 +101,13 @@ def open_source(source: str, columns: Columns) -> Source:
         return Hub(source, columns)
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):  # unlike pathlib's, these take a name of any length
-        return Files(f"folder {source}", tuple(_files_below(path)), columns, root=path)
+        return Files(f"folder {source}", tuple(files_below(path)), columns, root=path)
     if os.path.isfile(path):
         return File(path, columns)
     if os.path.exists(path):
         raise DataError(f"{source} is neither a file nor a folder; give one of these")
     if glob.has_magic(source):
-        return Files(f"pattern {source}", tuple(_matches(str(path))), columns)
+        return Files(f"pattern {source}", tuple(matching_files(str(path))), columns)
     raise DataError(f"{textwrap.shorten(source, 200)!r} does not exist; {_wanted(source)}")
 
 
@@ -190,7 +190,8 @@ class Files:
         return parts[0] if len(parts) > 1 else None
 
 
-def _files_below(root: Path) -> Iterator[Path]:
+def files_below(root: Path) -> Iterator[Path]:
+    """The files of a folder and its subfolders in the order of their names, but for hidden ones."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
@@ -199,7 +200,8 @@ def _files_below(root: Path) -> Iterator[Path]:
                 yield path
 
 
-def _matches(pattern: str) -> Iterator[Path]:
+def matching_files(pattern: str) -> Iterator[Path]:
+    """The files that a pattern matches, in the order of their names."""
     for name in sorted(glob.glob(pattern, recursive=True)):
         if os.path.isfile(name):
             yield Path(name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,16 @@ class RunStore:
             os.replace(part, self.folder / _FILE)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"cannot write {self.folder} ({error}); free some space") from None
+
+
+def blocks_digest(blocks: Iterable[dict[str, Tensor]]) -> str:
+    """Tells blocks of text apart by all of their tensors: tokens, masks and labels."""
+    digest = hashlib.sha256()
+    for block in blocks:
+        for name, value in sorted(block.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer, leaves: list[Tensor]) -> dict[str, Tensor]:

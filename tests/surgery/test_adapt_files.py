@@ -225,6 +225,31 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(after: int, tmp_path: Path)
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("change", ["labels", "a block in the middle"])
+def test_a_run_on_other_text_does_not_go_on(change: str, tmp_path: Path) -> None:
+    class Text(Blocks):
+        learned = 0
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            block = super().__getitem__(index)
+            labels = block["input_ids"].clone()
+            labels[: self.learned] = -100
+            return {**block, "labels": labels}
+
+    one, other = Text(), Text()
+    if change == "labels":
+        other.learned = 6
+    else:
+        other.tokens[3] = 7
+    with pytest.raises(KeyboardInterrupt):
+        fit_adapter(install_adapter(llama(), SPEC), one, one, FIT, work=tmp_path, reporter=_Stop(5))
+    torch.manual_seed(7)
+    fresh = fit_adapter(install_adapter(llama(), SPEC), other, other, FIT)
+    torch.manual_seed(7)
+    again = fit_adapter(install_adapter(llama(), SPEC), other, other, FIT, work=tmp_path)
+    assert again == fresh
+
+
 def test_runs_that_cannot_be(tmp_path: Path) -> None:
     blocks = Blocks()
     with pytest.raises(SpecError, match="no adapter"):

@@ -21,7 +21,7 @@ from moekit.measure.observe import TokenBlocks
 from moekit.spec import Spec
 from moekit.surgery.adapt.install import adapter_of, adapter_parameters
 from moekit.surgery.batch import Batch, batch_of, batches_of, require_tokens
-from moekit.surgery.run_store import RunStore, optimiser_tensors, restore
+from moekit.surgery.run_store import RunStore, blocks_digest, optimiser_tensors, restore
 from moekit.training.order import ShuffledPasses
 from moekit.training.progress import ProgressReporter, SilentProgress
 
@@ -239,11 +239,14 @@ class _Fit:
 
     def _batches(self, step: int) -> Iterator[Batch]:
         """Micro-batches from ``step`` on, in the order of the seed."""
-        size = self.spec.batch_size
-        sequences = self.spec.steps * self.spec.accumulate * size
-        order = list(ShuffledPasses(len(self.train), sequences, self.spec.seed))
-        for start in range(step * self.spec.accumulate * size, sequences, size):
+        size, order = self.spec.batch_size, list(self._order())
+        for start in range(step * self.spec.accumulate * size, len(order), size):
             yield batch_of(self.train, order[start : start + size], self.model.device)
+
+    def _order(self) -> ShuffledPasses:
+        spec = self.spec
+        sequences = spec.steps * spec.accumulate * spec.batch_size
+        return ShuffledPasses(len(self.train), sequences, spec.seed)
 
     def _save(self, step: int, looks: list[Look]) -> None:
         facts = {"step": step, "looks": [dataclasses.asdict(look) for look in looks]}
@@ -259,10 +262,8 @@ class _Fit:
 
     def _digest(self) -> str:
         """Of what must be equal for a run to go on: specs, data, and the model's name and size."""
-        ends = [
-            {name: value.tolist() for name, value in self.train[index].items()}
-            for index in (0, len(self.train) - 1)
-        ]
+        drawn = sorted(set(self._order()))
+        train = blocks_digest(self.train[index] for index in drawn)
         model = (self.model.config.name_or_path, sum(p.numel() for p in self.model.parameters()))
         adapter = adapter_of(self.model).to_dict()
-        return digest_of([self.spec.to_dict(), adapter, len(self.train), ends, model])
+        return digest_of([self.spec.to_dict(), adapter, len(self.train), train, model])

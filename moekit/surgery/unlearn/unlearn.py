@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moekit.data.fingerprint import digest_of, fingerprint_of
 from moekit.errors import CheckpointError, OutputError
+from moekit.measure.observe import TokenBlocks
 from moekit.surgery.checkpoint import Checkpoint, local_folder
-from moekit.surgery.run_store import RunStore
+from moekit.surgery.run_store import RunStore, blocks_digest
 from moekit.surgery.unlearn.attribution import attribute_experts, require_scores
 from moekit.surgery.unlearn.loop import Look, Loop, Outcome, Texts, drawn_blocks, require_texts
 from moekit.surgery.unlearn.spec import UnlearnSpec
@@ -302,25 +302,20 @@ def _loaded(source: Checkpoint, device: str) -> PreTrainedModel:
 
 def _digest(source: Checkpoint, texts: Texts, spec: UnlearnSpec) -> str:
     files = sorted(path for path in source.folder.iterdir() if path.is_file())
-    digest = hashlib.sha256()
-    drawn = [(texts.forget, spec.seed), (texts.retain, spec.seed + 1)]
-    for data, seed in drawn:
-        for block in () if data is None else drawn_blocks(data, spec, seed):
-            _add(digest, block)
+    read: list[Iterable[dict[str, Tensor]]] = [
+        () if data is None else drawn_blocks(data, spec, seed)
+        for data, seed in ((texts.forget, spec.seed), (texts.retain, spec.seed + 1))
+    ]
     for held_out in (texts.forget_held_out, texts.retain_held_out):
-        for index in range(0 if held_out is None else len(held_out))[: _looked_at(texts, spec)]:
-            assert held_out is not None
-            _add(digest, held_out[index])
-        digest.update(b"end")
-    return digest_of([_FORMAT, fingerprint_of(files), spec.to_dict(), digest.hexdigest()])
+        read.append(() if held_out is None else _looked_at(held_out, texts, spec))
+    blocks = [blocks_digest(part) for part in read]
+    return digest_of([_FORMAT, fingerprint_of(files), spec.to_dict(), blocks])
 
 
-def _add(digest: Any, block: dict[str, Tensor]) -> None:
-    for name, value in sorted(block.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-
-
-def _looked_at(texts: Texts, spec: UnlearnSpec) -> int | None:
+def _looked_at(
+    held_out: TokenBlocks, texts: Texts, spec: UnlearnSpec
+) -> Iterator[dict[str, Tensor]]:
     batches = texts.held_out_batches
-    return None if batches is None else batches * spec.batch_size
+    stop = None if batches is None else batches * spec.batch_size
+    for index in range(len(held_out))[:stop]:
+        yield held_out[index]
