@@ -177,11 +177,14 @@ def adapt_command(
     report = fit_adapter(model, found.train, found.validation, fit, work=work, reporter=reporter)
     folder = Path(checkpoint).expanduser()
     base = str(folder.resolve()) if folder.is_dir() else checkpoint  # found from anywhere
-    save_adapter(model, output, base, words, {**report.to_dict(), "fit": fit.to_dict()})
+    result = report.to_dict() | ({"examples": found.report} if completions else {})
+    save_adapter(model, output, base, words, {**result, "fit": fit.to_dict()})
     shutil.rmtree(work, ignore_errors=True)
     if as_json:
-        typer.echo(json.dumps({"output": str(output), **report.to_dict()}, indent=1))
+        typer.echo(json.dumps({"output": str(output), **result}, indent=1))
         return
+    if completions:
+        typer.echo(_examples(found.report))
     _show(report, output)
 
 
@@ -210,6 +213,14 @@ def merge_command(
         typer.echo(json.dumps({"output": str(output), "base": base}))
     else:
         typer.echo(f"Model: {output} (an ordinary checkpoint of {type(model).__name__})")
+
+
+def _examples(counts: dict[str, Any]) -> str:
+    return (
+        f"Examples: {counts['train']:,} to train on, {counts['validation']:,} held out; "
+        f"{counts['duplicates']:,} met twice, {counts['cut']:,} cut off, "
+        f"{counts['without_completion']:,} left out, whose completion was cut off altogether"
+    )
 
 
 def _show(report: FitReport, output: Path) -> None:

@@ -83,7 +83,15 @@ def test_completions_are_learned_and_prompts_are_not(
     options = ("--completions", "--experts=1", "--json", *SHORT, "--sequence-length=64")
     ended = moekit("adapt", base, "--data", source, "--output=out", *options)
     assert ended.code == 0, ended.err
-    looks = [look["held_out_loss"] for look in json.loads(ended.out)["looks"]]
+    found = json.loads(ended.out)
+    assert found["examples"] == {
+        "train": 2,
+        "validation": 3,
+        "duplicates": 0,
+        "cut": 0,
+        "without_completion": 0,
+    }
+    looks = [look["held_out_loss"] for look in found["looks"]]
     assert looks[0] == pytest.approx(completion_loss(base, rows), rel=1e-4)
     assert looks[-1] < looks[0]
     whole = moekit("adapt", base, "--data", source, "--text-column=prompt", *options)
