@@ -151,8 +151,12 @@ class BlockwiseModel:
         width = self._base.config.hidden_size
         self._base.embed_tokens = embedding or _Zeros(width, self.checkpoint.dtype)
         self._base.norm = self._norm if whole else nn.Identity()
-        runner = self._model if whole else self._base
-        return runner(input_ids=tokens, attention_mask=mask, use_cache=False)
+        given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
+        if not whole:
+            return self._base(**given)
+        if getattr(self._model.config, "output_router_logits", False):
+            given["output_router_logits"] = False  # there are none of layers that are not here
+        return self._model(**given)
 
     def _here(self, state: State) -> State:
         return _at(state, self.device)

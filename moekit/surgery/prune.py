@@ -199,6 +199,12 @@ class _Planner:
 
     def __call__(self, number: int, view: BlockView) -> BlockPlan:
         count, statistics = self.counts[number], self.statistics[number]
+        for name, weights in [*view.bank.items(), *view.router.items()]:
+            if not bool(weights.isfinite().all()):
+                raise SpecError(
+                    f"{view.name} has weights ({name}) that are NaN or infinite; start from a "
+                    "sound model"
+                )
         plan = self._plan(view, statistics, count)
         removed = plan.removed
         passed_E = plan.transfer_EK.sum(1)

@@ -67,6 +67,8 @@ class WrappedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
         super().__init__(config)
         text_config = copy.deepcopy(config.text_config)
         text_config._attn_implementation_internal = None  # each architecture has its own default
+        if getattr(text_config, "output_router_logits", False):
+            text_config.output_router_logits = False  # as `forward` says
         self.inner: Any = AutoModelForCausalLM.from_config(text_config)  # type: ignore[no-untyped-call]
         self.change()
         self.post_init()  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -89,7 +89,9 @@ class DERN(Method):
         if not bool((importance_E > 0).any()):
             raise SpecError(f"no token gave any expert of {view.name} weight; give other text")
         keep = best_in_groups(importance_E, count, view.rule.groups)
-        return self.recombine(bank, importance_E, keep)
+        plan = self.recombine(bank.map(Tensor.cpu), importance_E.cpu(), keep)
+        assert plan.experts is not None
+        return replace(plan, experts=plan.experts.map(lambda value: value.to(bank.up.device)))
 
     def recombine(self, bank: ExpertWeights, importance_E: Tensor, keep: list[int]) -> BlockPlan:
         """Steps 2 and 3 for the experts to keep, ascending."""
@@ -143,7 +145,7 @@ class DERN(Method):
         cosine_HH = both / (norms[0][:, None] * norms[1]).clamp_min(1e-30)
         best = cosine_HH.clamp(-1, 1).max(1)
         sign_H = torch.ones(source.hidden)
-        if self.canonicalize:
+        if self.canonicalize and turned:
             chosen_H = free.gather(1, best.indices[:, None]).flatten()
             sign_H = torch.where(chosen_H < 0, -1.0, 1.0)
         return best.values, sign_H
