@@ -25,6 +25,7 @@ from moekit.surgery.evaluate import Evaluation, evaluate
 from moekit.surgery.methods import Method
 from moekit.surgery.plan import BlockPlan, kept
 from moekit.surgery.recorder import record
+from moekit.surgery.shards import take_name
 from moekit.surgery.statistics import BlockStatistics
 from moekit.surgery.view import BlockView, block_views
 
@@ -98,8 +99,8 @@ def prune(
     """Write a checkpoint with fewer experts; the old one is only read.
 
     Memory is about that of one block, see :func:`~moekit.surgery.record`. What calibration has done
-    is kept beside ``output`` until it is written, so that the same call goes on after an
-    interruption. ``output`` appears when it is complete.
+    is kept beside ``output`` until that is there, so that the same call goes on after an
+    interruption. ``output`` appears when it is complete and has been compared.
 
     Args:
         checkpoint: folder or hub name of the model.
@@ -143,13 +144,16 @@ def prune(
     counts = spread(method, counts, views, statistics)
     own_class = needs_own_class(source.config, counts, method.reroutes and _removes(counts, views))
     planner = _Planner(method, counts, statistics)
-    write_pruned(source, planner, output, own_class)
-    shutil.rmtree(work, ignore_errors=True)
+    made = work / "result"
+    shutil.rmtree(made, ignore_errors=True)
+    write_pruned(source, planner, made, own_class)
     before = after = None
     if held_out is not None:
         settings["max_batches"] = held_out_batches
         before = evaluate(source, held_out, description="evaluating before", **settings)
-        after = evaluate(Checkpoint(output), held_out, description="evaluating after", **settings)
+        after = evaluate(Checkpoint(made), held_out, description="evaluating after", **settings)
+    take_name(made, output)
+    shutil.rmtree(work, ignore_errors=True)
     return PruneReport(
         method=method.to_dict(),
         ordinary=not own_class,

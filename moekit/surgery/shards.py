@@ -95,15 +95,31 @@ def appearing(output: Path) -> Iterator[Path]:
         scratch.mkdir()
         try:
             yield scratch
-            if output.exists():
-                output.rmdir()
-            os.replace(scratch, output)
+            take_name(scratch, output)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(
-            f"cannot write {output} ({error.strerror or error}); free some space, or choose "
-            "another place"
-        ) from None
+        raise _unwritable(output, error) from None
+
+
+def take_name(folder: Path, output: Path) -> None:
+    """Give a finished folder the name ``output``, where nothing or an empty folder is.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        if output.exists():
+            output.rmdir()
+        os.replace(folder, output)
+    except OSError as error:
+        raise _unwritable(output, error) from None
+
+
+def _unwritable(output: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write {output} ({error.strerror or error}); free some space, or choose another "
+        "place"
+    )

@@ -151,6 +151,34 @@ def test_an_interrupted_run_goes_on(olmoe: Path, tmp_path: Path) -> None:
     assert whole.calibration_tokens == int(DATA.masks.sum())
 
 
+@pytest.mark.parametrize("during", ["evaluating before", "evaluating after"])
+def test_a_run_that_stops_in_its_comparison_goes_on(
+    during: str, olmoe: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    stops = True
+
+    def tell(what: str, *_: int | None) -> None:
+        said.append(what)
+        if stops and what == during:
+            raise StoppedError
+
+    settings: dict[str, Any] = {"batch_size": 2, "progress": tell}
+    with pytest.raises(StoppedError):
+        prune(olmoe, tmp_path / "out", REAP(), HALF, DATA, DATA, **settings)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.work", "olmoe"]
+    stops = False
+    said.clear()
+    again = prune(olmoe, tmp_path / "out", REAP(), HALF, DATA, DATA, **settings)
+    assert not any(what.startswith("recording") for what in said)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["olmoe", "out"]
+    whole = prune(olmoe, tmp_path / "whole", REAP(), HALF, DATA, DATA, batch_size=2)
+    assert (again.blocks, again.before is None) == (whole.blocks, False)
+    assert again.after is not None
+    assert whole.after is not None
+    assert again.after.loss == whole.after.loss
+
+
 def model_of(folder: Path) -> BlockwiseModel:
     return BlockwiseModel(Checkpoint(folder))
 
