@@ -113,10 +113,7 @@ def spread(
         count == view.experts for count, view in zip(counts, blocks, strict=True)
     ):
         return list(counts)
-    if any(view.rule.groups > 1 for view in blocks) and not method.reroutes:
-        raise SpecError(
-            "a router with groups needs as many experts of each; set allocation to uniform"
-        )
+    require_spreadable(method, blocks)
     least = [1 if method.reroutes else view.rule.smallest for view in blocks]
     ranked = []
     for place, (stats, minimum) in enumerate(zip(statistics, least, strict=True)):
@@ -126,6 +123,20 @@ def spread(
         ranked += [(-float(share), place) for share in rest]
     chosen = sorted(ranked)[: max(sum(counts) - sum(least), 0)]
     return [minimum + sum(p == place for _, p in chosen) for place, minimum in enumerate(least)]
+
+
+def require_spreadable(method: Method, blocks: Sequence[BlockView]) -> None:
+    """Refuse to give blocks numbers of their own where that cannot be.
+
+    Raises:
+        SpecError: the method ranks no experts across blocks, or a router has groups.
+    """
+    if method.allocation == "uniform":
+        return
+    if any(view.rule.groups > 1 for view in blocks) and not method.reroutes:
+        raise SpecError(
+            "a router with groups needs as many experts of each; set allocation to uniform"
+        )
 
 
 def _whole(count: int, view: BlockView) -> int:

@@ -19,7 +19,7 @@ from moekit.errors import CheckpointError, OutputError, SpecError
 from moekit.measure.observe import TokenBlocks
 from moekit.surgery.apply import needs_own_class, pruned_model, write_pruned
 from moekit.surgery.blockwise import BlockwiseModel
-from moekit.surgery.budget import Budget, spread
+from moekit.surgery.budget import Budget, require_spreadable, spread
 from moekit.surgery.checkpoint import Checkpoint, local_folder
 from moekit.surgery.evaluate import Evaluation, evaluate
 from moekit.surgery.methods import Method
@@ -134,6 +134,9 @@ def prune(
     views = [view for view in model.blocks if view is not None]
     if not views:
         raise SpecError(f"{source.folder} has no MoE block; there are no experts to prune")
+    for view in views:
+        method.require_block(view)
+    require_spreadable(method, views)
     counts = budget.counts(model, method.reroutes)
     needs_own_class(source.config, counts, method.reroutes and _removes(counts, views))
     work = output.with_name(f".{output.name}.work")

@@ -22,6 +22,7 @@ from moekit.surgery.methods import (
     HCSMoE,
     Method,
     MSMoE,
+    Random,
     RouterWeight,
     Uncurl,
 )
@@ -162,6 +163,43 @@ def test_weights_that_are_not_finite_are_refused(method: Method) -> None:
         view.bank.up[3, 0, 0] = torch.nan
     with pytest.raises(SpecError, match=r"weights \(up\) that are NaN or infinite"):
         prune_model(model, method, [4] * 3, stats)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "said"),
+    [
+        ("gpt_oss", DERN(), "have biases"),
+        ("deepseek_v3", REAP(allocation="global"), "a router with groups"),
+    ],
+)
+def test_what_no_text_can_mend_is_refused_before_any_is_read(
+    name: str, method: Method, said: str, tmp_path: Path
+) -> None:
+    tiny(name).save_pretrained(tmp_path / "whole")
+    told: list[str] = []
+    with pytest.raises(SpecError, match=said):
+        prune(
+            tmp_path / "whole",
+            tmp_path / "out",
+            method,
+            Budget(ratio=0.5),
+            Blocks(),
+            progress=lambda what, *_: told.append(what),
+        )
+    assert not told
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    with pytest.raises(SpecError, match="ranks no experts"):
+        Random(allocation="global")
+
+
+def test_routers_that_keep_their_rows_need_no_equal_groups() -> None:
+    """Five experts of eight in two groups, by both methods that pass weights on."""
+    model = tiny("deepseek_v3")
+    for method in (DERN(router="probability", alpha=0.1), MSMoE()):
+        stats = record_model(model, Blocks(), method.needs)
+        small, plans = prune_model(model, method, [5] * len(stats), stats)
+        assert [plan.count for plan in plans] == [5] * len(stats)
+        assert bool(small(input_ids=Blocks().tokens).logits.isfinite().all())
 
 
 def test_gates_alone_have_no_sign_to_take() -> None:

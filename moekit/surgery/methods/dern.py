@@ -78,17 +78,21 @@ class DERN(Method):
     def importance(self, statistics: BlockStatistics) -> Tensor:
         return statistics.weight_E / statistics.tokens
 
-    def plan(self, view: BlockView, statistics: BlockStatistics, count: int) -> BlockPlan:
-        bank = view.bank
+    def require_block(self, view: BlockView) -> None:
+        bank = view.architecture.experts(view.block)  # which need not be in memory
         if bank.gate is None or bank.has_bias:
             raise SpecError(
                 f"DERN takes gated experts without biases apart into neurons; those of {view.name} "
                 f"have {'biases' if bank.has_bias else 'no gate'}, so choose another method"
             )
-        importance_E = self.importance(statistics)
+
+    def plan(self, view: BlockView, statistics: BlockStatistics, count: int) -> BlockPlan:
+        self.require_block(view)
+        bank, importance_E = view.bank, self.importance(statistics)
         if not bool((importance_E > 0).any()):
             raise SpecError(f"no token gave any expert of {view.name} weight; give other text")
-        keep = best_in_groups(importance_E, count, view.rule.groups)
+        groups = 1 if self.reroutes else view.rule.groups
+        keep = best_in_groups(importance_E, count, groups)
         plan = self.recombine(bank.map(Tensor.cpu), importance_E.cpu(), keep)
         assert plan.experts is not None
         return replace(plan, experts=plan.experts.map(lambda value: value.to(bank.up.device)))

@@ -63,6 +63,13 @@ class Method(Spec):
         """
         raise NotImplementedError
 
+    def require_block(self, view: BlockView) -> None:
+        """Refuse a block that the method cannot work on, from its shapes alone.
+
+        Raises:
+            SpecError: it cannot.
+        """
+
     @classmethod
     def named(cls, name: str, /, **settings: object) -> Method:
         """The method of this name.

@@ -24,6 +24,14 @@ class Random(Method):
     name: ClassVar[str] = "random"
     seed: int = 0
 
+    def check(self) -> None:
+        self.require(
+            self.allocation == "uniform",
+            "random ranks no experts and so cannot spread them over blocks; set allocation to "
+            "uniform",
+        )
+        self.require(abs(self.seed) < 2**31, f"seed is {self.seed}; wanted below 2**31")
+
     def plan(self, view: BlockView, statistics: BlockStatistics, count: int) -> BlockPlan:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + view.index)
         score_E = torch.rand(statistics.experts, generator=generator)
