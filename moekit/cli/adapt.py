@@ -16,7 +16,7 @@ from torch import nn
 from moekit.cli import options as opt
 from moekit.cli.checkpoint import load_base, require_vocabulary
 from moekit.cli.progress import StudyBars
-from moekit.cli.result import require_free, write_model
+from moekit.cli.result import require_place, write_model
 from moekit.data import PairData, PairSpec, TextData, load_tokenizer, prepare, prepare_pairs
 from moekit.errors import SpecError
 from moekit.surgery.adapt import (
@@ -158,7 +158,7 @@ def adapt_command(
         raise SpecError("a column of prompts or completions is named; add --completions")
     if completions and text_column:
         raise SpecError("--text-column is of whole texts; leave it out, or leave --completions out")
-    require_free(output)
+    require_place(output)
     model: Any = nn.Module.to(load_base(checkpoint), where)
     words = load_tokenizer(tokenizer or checkpoint)
     if tokenizer is not None:
@@ -204,7 +204,7 @@ def merge_command(
     """
     if not is_adapter(adapter):
         raise SpecError(f"{adapter} is no adapter; wanted a folder that moekit adapt wrote")
-    require_free(output)
+    require_place(output)
     _, base = adapter_settings(adapter)
     model = merge_adapter(load_adapter(load_base(base), adapter), expert)
     words = load_tokenizer(adapter)

@@ -10,7 +10,7 @@ import typer
 
 from moekit.cli import options as opt
 from moekit.cli.checkpoint import load_base
-from moekit.cli.result import require_free, write_model
+from moekit.cli.result import require_place, write_model
 from moekit.data import load_tokenizer
 from moekit.errors import SpecError
 from moekit.routing import NullAwareBalance
@@ -56,7 +56,7 @@ def graft_command(
     balance loss, which is in the model's loss in training, keeps it there. Train the result before
     use, with any trainer: it is worse than the model it came from at first.
     """
-    require_free(output)
+    require_place(output)
     loss = NullAwareBalance(weight=balance)
     model = load_base(checkpoint)
     words = load_tokenizer(checkpoint)

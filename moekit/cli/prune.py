@@ -125,29 +125,33 @@ def prune_command(
     spec = opt.text_spec(data, text_column, tokenizer or str(folder), 4096, sequence_length)
     with StudyBars(quiet=quiet) as bars:
         text: TextData = prepare(spec.replace(seed=seed), progress=bars.preparing())
+        found: dict[str, Any] = {}
+
+        def add_report(made: Path, report: PruneReport) -> None:
+            words = load_tokenizer(tokenizer or str(folder)) if files else None
+            scored = {
+                side: _scores(place, words, files, batch_size, where, bars.preparing())
+                for side, place in (("before", folder), ("after", made))
+            }
+            found.update(
+                report.to_dict(),
+                choices={name: {side: own[name] for side, own in scored.items()} for name in files},
+            )
+            write_json(made / REPORT, found)
+
         report = prune(
             folder,
             output,
             chosen,
             budget,
-            text.train,
-            text.validation if held_out else None,
+            text.train.first(sequences),
+            text.validation.first(held_out) if held_out else None,
             batch_size=batch_size,
-            max_batches=-(-sequences // batch_size),
-            held_out_batches=-(-held_out // batch_size),
             device=where,
             seed=seed,
             progress=bars.preparing(),
+            finish=add_report,
         )
-        words = load_tokenizer(tokenizer or str(folder)) if files else None
-        scored = {
-            side: _scores(place, words, files, batch_size, where, bars.preparing())
-            for side, place in (("before", folder), ("after", output))
-        }
-    found = report.to_dict() | {
-        "choices": {name: {side: own[name] for side, own in scored.items()} for name in files}
-    }
-    write_json(output / REPORT, found)
     if as_json:
         typer.echo(json.dumps({"output": str(output), **found}, indent=1))
         return

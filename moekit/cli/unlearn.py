@@ -160,29 +160,31 @@ def unlearn_command(
     if tokenizer is not None:
         require_vocabulary(load_tokenizer(tokenizer), source_config)
     with StudyBars(quiet=quiet) as bars:
-        found: list[TextData] = []
+        read: list[TextData] = []
         for source in (forget, retain):
             text = opt.text_spec(
                 source, text_column, tokenizer or str(folder), 4096, sequence_length
             )
-            found.append(
-                prepare(text.replace(seed=seed, test_share=0.0), progress=bars.preparing())
-            )
+            read.append(prepare(text.replace(seed=seed, test_share=0.0), progress=bars.preparing()))
     trains = spec.algorithm.retain_weight > 0
     texts = Texts(
-        forget=found[0].train,
-        retain=found[1].train if trains else None,
-        forget_held_out=found[0].validation,
-        retain_held_out=found[1].validation,
-        held_out_batches=-(-held_out // batch_size),
+        forget=read[0].train,
+        retain=read[1].train if trains else None,
+        forget_held_out=read[0].validation.first(held_out),
+        retain_held_out=read[1].validation.first(held_out),
     )
     reporter = SilentProgress() if quiet else RichProgress()
-    report = unlearn(folder, output, texts, spec, device=where, reporter=reporter)
     sequences = {"unlearned": len(texts.forget), "held_out": len(texts.forget_held_out)}
-    result = {**report.to_dict(), "forget_sequences": sequences}
-    write_json(output / REPORT, result)
+
+    def add_report(made: Path, report: UnlearnReport) -> None:
+        write_json(made / REPORT, {**report.to_dict(), "forget_sequences": sequences})
+
+    report = unlearn(
+        folder, output, texts, spec, device=where, reporter=reporter, finish=add_report
+    )
     if as_json:
-        typer.echo(json.dumps({"output": str(output), **result}, indent=1))
+        found = json.loads((output / REPORT).read_text(encoding="utf-8"))
+        typer.echo(json.dumps({"output": str(output), **found}, indent=1))
         return
     _show(report, output)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from moekit.cli import options as opt
 from moekit.cli.checkpoint import load_base
-from moekit.cli.result import require_free, write_model
+from moekit.cli.result import require_place, write_model
 from moekit.compare.record import write_json
 from moekit.data import load_tokenizer
 from moekit.errors import SpecError
@@ -71,22 +72,27 @@ def upcycle_command(
     trained. One layer is in memory at a time, and the checkpoint that you give is only read.
     """
     spec = Upcycling(experts, k, layers, router_std, reinit, noise, seed)  # type: ignore[arg-type]
-    require_free(output)
+    require_place(output)
     folder = local_folder(checkpoint)
     reporter = SilentProgress() if quiet else RichProgress()
     config = read_config(str(folder), is_local=True)
+    found: dict[str, Any] = {}
+
+    def add_report(made: Path) -> None:
+        grown = inspect_checkpoint(str(made))
+        found.update(
+            source=checkpoint,
+            architecture=grown.architecture,
+            upcycling=spec.to_dict(),
+            parameters_before=inspect_checkpoint(str(folder)).total,
+            parameters=grown.total,
+        )
+        write_json(made / REPORT, found)
+
     if isinstance(config, MoEDecoderConfig):
-        _own_decoder(str(folder), spec, output)
+        _own_decoder(str(folder), spec, output, add_report)
     else:
-        upcycle_checkpoint(folder, output, spec, reporter)
-    found: dict[str, Any] = {
-        "source": checkpoint,
-        "architecture": inspect_checkpoint(str(output)).architecture,
-        "upcycling": spec.to_dict(),
-        "parameters_before": inspect_checkpoint(str(folder)).total,
-        "parameters": inspect_checkpoint(str(output)).total,
-    }
-    write_json(output / REPORT, found)
+        upcycle_checkpoint(folder, output, spec, reporter, add_report)
     if as_json:
         typer.echo(json.dumps({"output": str(output), **found}, indent=1))
         return
@@ -97,7 +103,9 @@ def upcycle_command(
     typer.echo(f"Model: {output} (an ordinary checkpoint of its architecture)")
 
 
-def _own_decoder(folder: str, spec: Upcycling, output: Path) -> None:
+def _own_decoder(
+    folder: str, spec: Upcycling, output: Path, finish: Callable[[Path], None]
+) -> None:
     """A dense decoder of moekit's, in memory."""
     plain = Upcycling(spec.experts, spec.k, seed=spec.seed)
     if spec != plain:
@@ -111,4 +119,4 @@ def _own_decoder(folder: str, spec: Upcycling, output: Path) -> None:
     if others or not isinstance(bank, FeedForwardSpec):
         raise SpecError(f"{folder} is no decoder whose layers are all dense and alike")
     layer = MoESpec(TopK(k=spec.k), bank.replace(count=spec.experts))
-    write_model(upcycle(dense, layer, spec.seed), load_tokenizer(folder), output)
+    write_model(upcycle(dense, layer, spec.seed), load_tokenizer(folder), output, finish=finish)

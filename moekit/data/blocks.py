@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 _SLAB = 4096
 
@@ -93,6 +93,10 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     @cached_property
     def _mapped(self) -> NDArray[Any]:
         return np.memmap(self._path, dtype=self._dtype, mode="r")
+
+    def first(self, count: int) -> Subset[dict[str, Tensor]]:
+        """The first ``count`` blocks, or all where there are fewer."""
+        return Subset(self, range(min(count, len(self))))
 
     def bytes_of(self, index: int) -> float:
         """UTF-8 bytes of text in block ``index``.

@@ -84,7 +84,9 @@ class TextSpec(Spec):
             self.sequence_length >= 2,
             f"sequence_length is {self.sequence_length}; wanted 2 or more",
         )
-        self.require(self.seed >= 0, f"seed is {self.seed}; wanted 0 or more")
+        self.require(
+            0 <= self.seed < 2**63, f"seed is {self.seed}; wanted 0 or more, and below 2**63"
+        )
         self.require(
             self.validation_share > 0 and self.test_share >= 0,
             "validation_share must be more than 0, and test_share 0 or more",

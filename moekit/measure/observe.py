@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from moekit.errors import SpecError
 from moekit.measure.gates import GateHooks
 from moekit.measure.statistics import LayerStatistics, ModelStatistics
 from moekit.models.language import MoEDecoderForCausalLM
@@ -103,16 +104,37 @@ def token_batches(
     max_batches: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[TokenBatch]:
-    """The blocks of a data set in order, ``batch_size`` at a time."""
-    starts = range(0, len(dataset), batch_size)[:max_batches]
-    for start in starts:
-        indices = range(start, min(start + batch_size, len(dataset)))
+    """The blocks of a data set in order, ``batch_size`` at a time.
+
+    Raises:
+        SpecError: no block is to be in a batch, or fewer batches than none wanted.
+    """
+    for indices in batch_indices(len(dataset), batch_size, max_batches):
         yield _collate(dataset, indices, device)
+
+
+def batch_indices(blocks: int, batch_size: int, max_batches: int | None = None) -> list[range]:
+    """The indices of each batch, in order.
+
+    Raises:
+        SpecError: as :func:`token_batches`.
+    """
+    if batch_size < 1:
+        raise SpecError(f"batch_size is {batch_size}; wanted at least 1")
+    if max_batches is not None and max_batches < 0:
+        raise SpecError(f"{max_batches} batches are wanted at most; give 0 or more, or None")
+    starts = range(0, blocks, batch_size)[:max_batches]
+    return [range(start, min(start + batch_size, blocks)) for start in starts]
 
 
 def _collate(dataset: TokenBlocks, indices: range, device: torch.device | str) -> TokenBatch:
     blocks = [dataset[index] for index in indices]
-    masks = [block["attention_mask"] for block in blocks if "attention_mask" in block]
+    padded = any("attention_mask" in block for block in blocks)
+    masks = [
+        block.get("attention_mask", torch.ones_like(block["input_ids"]))
+        for block in blocks
+        if padded
+    ]
     groups_of = getattr(dataset, "token_groups", None)
     return TokenBatch(
         token_BT=torch.stack([block["input_ids"] for block in blocks]).to(device),

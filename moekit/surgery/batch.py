@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from moekit.data.pairs import IGNORED
 from moekit.errors import DataError
-from moekit.measure.observe import TokenBlocks
+from moekit.measure.observe import TokenBlocks, batch_indices
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def batches_of(
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
     """All blocks in order, ``batch_size`` at a time."""
-    for start in range(0, len(data), batch_size)[:max_batches]:
-        yield batch_of(data, range(start, min(start + batch_size, len(data))), device)
+    for indices in batch_indices(len(data), batch_size, max_batches):
+        yield batch_of(data, indices, device)
 
 
 def require_tokens(data: TokenBlocks, what: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
@@ -54,24 +55,29 @@ class Budget(Spec):
             SpecError: more experts than a block has, or fewer than it works with.
         """
         blocks = [view for view in model.blocks if view is not None]
-        have = [view.experts for view in blocks]
         if self.experts is not None:
             counts = [self.experts] * len(blocks)
         elif self.ratio is not None:
-            counts = [_whole(round(self.ratio * view.experts), view) for view in blocks]
+            counts = [_whole(round(self.ratio * v.experts), v, reroutes) for v in blocks]
         else:
             counts = self._within_bytes(model, blocks, reroutes)
-        for view, count, most in zip(blocks, counts, have, strict=True):
-            _check_count(view, count, most, reroutes)
+        for view, count in zip(blocks, counts, strict=True):
+            _check_count(view, count, reroutes)
         return counts
+
+    def allows(self, model: BlockwiseModel, reroutes: bool, counts: Sequence[int]) -> bool:
+        """Whether these experts of the MoE blocks fit into the bytes, where bytes are given."""
+        return self.bytes is None or StoredSizes.of(model).after(counts, reroutes) <= self.bytes
 
     def _within_bytes(
         self, model: BlockwiseModel, blocks: Sequence[BlockView], reroutes: bool
     ) -> list[int]:
         assert self.bytes is not None
-        for step in range(max(view.experts for view in blocks)):
-            counts = [max(_whole(view.experts - step, view), 1) for view in blocks]
-            size = bytes_after(model, counts, reroutes)
+        sizes, have = StoredSizes.of(model), {view.experts for view in blocks}
+        shares = {Fraction(count, experts) for experts in have for count in range(1, experts + 1)}
+        for share in sorted(shares, reverse=True):
+            counts = [max(_whole(int(share * v.experts), v, reroutes), 1) for v in blocks]
+            size = sizes.after(counts, reroutes)
             if size <= self.bytes:
                 return counts
         raise SpecError(
@@ -79,20 +85,46 @@ class Budget(Spec):
         )
 
 
-def bytes_after(model: BlockwiseModel, counts: Sequence[int], reroutes: bool) -> int:
-    """Bytes of the tensors of a checkpoint when ``counts`` experts are left in its MoE blocks."""
-    total = sum(tensor.bytes for tensor in model.checkpoint.stored.values())
-    for view, count in zip((v for v in model.blocks if v is not None), counts, strict=True):
-        if count == view.experts:
-            continue
-        gone = view.experts - count
-        total -= gone * _bytes_under(model, view, "experts") // view.experts
-        if reroutes:
-            total += view.experts * count * 4  # what passes the weights on, in float32
-        else:
-            router = view.architecture.router
-            total -= gone * _bytes_under(model, view, router) // view.experts
-    return total
+@dataclass(frozen=True)
+class StoredSizes:
+    """Bytes of the tensors of a checkpoint.
+
+    Attributes:
+        total: of all.
+        counts: experts of each MoE block.
+        experts, routers: of the experts and the router of each.
+    """
+
+    total: int
+    counts: tuple[int, ...]
+    experts: tuple[int, ...]
+    routers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: BlockwiseModel) -> StoredSizes:
+        """Those of a checkpoint, from its headers."""
+        views = [view for view in model.blocks if view is not None]
+        return cls(
+            total=sum(tensor.bytes for tensor in model.checkpoint.stored.values()),
+            counts=tuple(view.experts for view in views),
+            experts=tuple(_bytes_under(model, view, "experts") for view in views),
+            routers=tuple(_bytes_under(model, v, v.architecture.router) for v in views),
+        )
+
+    def after(self, counts: Sequence[int], reroutes: bool) -> int:
+        """Bytes when ``counts`` experts are left in the MoE blocks."""
+        total = self.total
+        for have, left, experts, router in zip(
+            self.counts, counts, self.experts, self.routers, strict=True
+        ):
+            if left == have:
+                continue
+            total -= (have - left) * experts // have
+            if reroutes:
+                total += have * left * 4  # what passes the weights on, in float32
+            else:
+                total -= (have - left) * router // have
+        return total
 
 
 def spread(
@@ -100,14 +132,23 @@ def spread(
     counts: Sequence[int],
     blocks: Sequence[BlockView],
     statistics: Sequence[BlockStatistics],
+    fits: Callable[[Sequence[int]], bool] = lambda _: True,
 ) -> list[int]:
     """The same total over the blocks as the method allocates it.
 
     Under ``global`` each block first gets what it cannot do without; the rest goes to the experts
     with the largest share of their block's importance, wherever they are.
 
+    Args:
+        method: whose allocation and importance.
+        counts: experts of each block, which give the total.
+        blocks: the blocks.
+        statistics: of each block.
+        fits: whether numbers of experts are allowed; the total is the largest that is. Blocks of
+            several sizes may need fewer experts in total than ``counts``.
+
     Raises:
-        SpecError: a router has groups, which such numbers do not keep equal.
+        SpecError: a router has groups, which such numbers do not keep equal; or nothing fits.
     """
     if method.allocation == "uniform" or all(
         count == view.experts for count, view in zip(counts, blocks, strict=True)
@@ -115,13 +156,24 @@ def spread(
         return list(counts)
     require_spreadable(method, blocks)
     least = [1 if method.reroutes else view.rule.smallest for view in blocks]
+    for total in range(sum(counts), sum(least) - 1, -1):
+        found = _by_importance(method, total, least, statistics)
+        if fits(found):
+            return found
+    raise SpecError("no allocation by importance is small enough; set allocation to uniform")
+
+
+def _by_importance(
+    method: Method, total: int, least: Sequence[int], statistics: Sequence[BlockStatistics]
+) -> list[int]:
+    """``least`` for each block, and the rest of the total to the most important experts."""
     ranked = []
     for place, (stats, minimum) in enumerate(zip(statistics, least, strict=True)):
         score_E = method.importance(stats).double()
         share_E = score_E / score_E.sum().clamp_min(torch.finfo(torch.float64).tiny)
         rest = share_E.sort(descending=True).values[minimum:]
         ranked += [(-float(share), place) for share in rest]
-    chosen = sorted(ranked)[: max(sum(counts) - sum(least), 0)]
+    chosen = sorted(ranked)[: total - sum(least)]
     return [minimum + sum(p == place for _, p in chosen) for place, minimum in enumerate(least)]
 
 
@@ -139,9 +191,9 @@ def require_spreadable(method: Method, blocks: Sequence[BlockView]) -> None:
         )
 
 
-def _whole(count: int, view: BlockView) -> int:
-    """``count``, down to a multiple of the router's groups."""
-    return count - count % view.rule.groups
+def _whole(count: int, view: BlockView, reroutes: bool) -> int:
+    """``count``, down to a multiple of the router's groups where its rows shrink with it."""
+    return count if reroutes else count - count % view.rule.groups
 
 
 def _bytes_under(model: BlockwiseModel, view: BlockView, child: str) -> int:
@@ -155,8 +207,8 @@ def _bytes_under(model: BlockwiseModel, view: BlockView, child: str) -> int:
     )
 
 
-def _check_count(view: BlockView, count: int, most: int, reroutes: bool) -> None:
-    least = 1 if reroutes else view.rule.smallest
+def _check_count(view: BlockView, count: int, reroutes: bool) -> None:
+    least, most = 1 if reroutes else view.rule.smallest, view.experts
     if count > most:
         raise SpecError(f"{count} experts cannot be kept of the {most} of {view.name}")
     if count < least:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moekit.data import ProgressHook
-from moekit.errors import CheckpointError, OutputError, SpecError
+from moekit.errors import CheckpointError, SpecError
 from moekit.measure.observe import TokenBlocks
 from moekit.surgery.apply import needs_own_class, pruned_model, write_pruned
 from moekit.surgery.blockwise import BlockwiseModel
@@ -25,7 +26,7 @@ from moekit.surgery.evaluate import Evaluation, evaluate
 from moekit.surgery.methods import Method
 from moekit.surgery.plan import BlockPlan, kept
 from moekit.surgery.recorder import record
-from moekit.surgery.shards import take_name
+from moekit.surgery.shards import beside, require_free, take_name
 from moekit.surgery.statistics import BlockStatistics
 from moekit.surgery.view import BlockView, block_views
 
@@ -95,6 +96,7 @@ def prune(
     device: str = "cpu",
     seed: int = 0,
     progress: ProgressHook | None = None,
+    finish: Callable[[Path, PruneReport], None] | None = None,
 ) -> PruneReport:
     """Write a checkpoint with fewer experts; the old one is only read.
 
@@ -115,6 +117,8 @@ def prune(
         device: where to run the model.
         seed: draws the sample of tokens that experts are compared on.
         progress: told how far it is.
+        finish: given the finished folder and the report before the folder takes the name
+            ``output``; what it writes there comes with it.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete, damaged or not finite.
@@ -128,8 +132,7 @@ def prune(
             f"{source.folder} has been pruned to other numbers of experts in each layer already; "
             "start from the model before"
         )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output} is there already and would be replaced; choose another place")
+    require_free(output)
     model = BlockwiseModel(source)
     views = [view for view in model.blocks if view is not None]
     if not views:
@@ -139,12 +142,14 @@ def prune(
     require_spreadable(method, views)
     counts = budget.counts(model, method.reroutes)
     needs_own_class(source.config, counts, method.reroutes and _removes(counts, views))
-    work = output.with_name(f".{output.name}.work")
+    work = beside(output, "work")
     settings: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
     statistics = record(
         source, calibration, method.needs, max_batches=max_batches, work=work, seed=seed, **settings
     )
-    counts = spread(method, counts, views, statistics)
+    counts = spread(
+        method, counts, views, statistics, partial(budget.allows, model, method.reroutes)
+    )
     own_class = needs_own_class(source.config, counts, method.reroutes and _removes(counts, views))
     planner = _Planner(method, counts, statistics)
     made = work / "result"
@@ -155,9 +160,7 @@ def prune(
         settings["max_batches"] = held_out_batches
         before = evaluate(source, held_out, description="evaluating before", **settings)
         after = evaluate(Checkpoint(made), held_out, description="evaluating after", **settings)
-    take_name(made, output)
-    shutil.rmtree(work, ignore_errors=True)
-    return PruneReport(
+    report = PruneReport(
         method=method.to_dict(),
         ordinary=not own_class,
         calibration_tokens=statistics[0].tokens,
@@ -165,6 +168,11 @@ def prune(
         after=after,
         blocks=tuple(planner.blocks),
     )
+    if finish is not None:
+        finish(made, report)
+    take_name(made, output)
+    shutil.rmtree(work, ignore_errors=True)
+    return report
 
 
 def prune_model(
@@ -182,10 +190,14 @@ def prune_model(
         statistics: of :func:`~moekit.surgery.record_model`, with what the method needs.
 
     Raises:
-        SpecError: the counts do not fit the model or the method.
+        SpecError: counts or statistics do not fit the model or the method.
     """
+    views = block_views(model)
+    for name, given in (("numbers of experts", counts), ("statistics", statistics)):
+        if len(given) != len(views):
+            raise SpecError(f"got {len(given)} {name} for {len(views)} MoE blocks; give one each")
     planner = _Planner(method, counts, statistics)
-    plans = [planner(number, view) for number, view in enumerate(block_views(model))]
+    plans = [planner(number, view) for number, view in enumerate(views)]
     return pruned_model(model, plans), plans
 
 
@@ -228,6 +240,7 @@ class _Planner:
         return plan
 
     def _plan(self, view: BlockView, statistics: BlockStatistics, count: int) -> BlockPlan:
+        statistics.require_of(view)
         if not 1 <= count <= view.experts:
             raise SpecError(f"{view.name} has {view.experts} experts; {count} cannot be kept")
         if count == view.experts:
@@ -240,7 +253,7 @@ def removed_similarity(view: BlockView, plan: BlockPlan, input_SD: Tensor) -> fl
     removed = plan.removed
     if not removed or not len(input_SD):
         return None
-    x_SD = input_SD.to(view.bank.up)
+    x_SD = input_SD.to(view.bank.up.device)
     kept_KSD = [_direction(view, expert, x_SD) for expert in plan.keep]
     best = []
     for expert in removed:
@@ -251,7 +264,8 @@ def removed_similarity(view: BlockView, plan: BlockPlan, input_SD: Tensor) -> fl
 
 @torch.inference_mode()
 def _direction(view: BlockView, expert: int, x_SD: Tensor) -> Tensor:
-    return F.normalize(view.compute(view.expert(expert), x_SD).float(), dim=1)
+    weights = view.expert(expert).map(Tensor.float)  # its parts may be of several types
+    return F.normalize(view.compute(weights, x_SD.float()), dim=1)
 
 
 def _removes(counts: Sequence[int], views: Sequence[BlockView]) -> bool:

@@ -69,7 +69,7 @@ class TransferRouter(nn.Module):
         super().__init__()
         self.router = router
         self.top_k = slots
-        self.register_buffer("transfer_EK", torch.zeros(experts, count))
+        self.register_buffer("transfer_EK", torch.zeros(experts, count, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (N, E) over the old experts, weights (N, K) and ids (N, K) of the new ones."""
@@ -90,6 +90,7 @@ class PrunedMoEForCausalLM(WrappedForCausalLM):  # type: ignore[no-untyped-call]
     config: PrunedMoEConfig
     config_class = PrunedMoEConfig
     balance_in_words = "a pruned model has no balance loss"
+    _keep_in_fp32_modules_strict = {"transfer_EK"}  # noqa: RUF012  (shares, which rounding changes)
 
     def change(self) -> None:
         """Resize the blocks, and put routers over old experts in."""

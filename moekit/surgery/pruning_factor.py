@@ -8,7 +8,9 @@ matches the native one of its size. That factor depends on the number of experts
 from __future__ import annotations
 
 import copy
+import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -125,17 +127,12 @@ def thresholds(
         tuned: whether losses are compared after tuning.
 
     Raises:
-        SpecError: no row is of that method, or the native model of a size is missing.
+        SpecError: no row is of that method, a row or the native model of a size is missing for
+            some seed, there are several of one, or a loss is NaN.
     """
     native = {(r.left, r.seed): _loss(r, tuned) for r in rows if r.method == NATIVE}
     own = [row for row in rows if row.method == method and row.method != NATIVE]
-    if not own:
-        raise SpecError(f"no row is of {method!r}")
-    missing = sorted({(r.left, r.seed) for r in own} - set(native))
-    if missing:
-        raise SpecError(
-            f"there is no native model of {missing[0][0]} experts, seed {missing[0][1]}"
-        )
+    _check_rows(own, native, method)
     found = []
     for experts in sorted({row.experts for row in own}, reverse=True):
         gaps: dict[float, list[float]] = {}
@@ -162,7 +159,34 @@ def _made(
 
 
 def _loss(row: FactorRow, tuned: bool) -> float:
-    return row.loss if tuned else row.before
+    found = row.loss if tuned else row.before
+    if math.isnan(found):
+        raise SpecError(
+            f"the loss of {row.method} with {row.left} of {row.experts} experts, seed {row.seed}, "
+            "is NaN; measure it again"
+        )
+    return found
+
+
+def _check_rows(
+    own: Sequence[FactorRow], native: Mapping[tuple[int, int], float], method: str
+) -> None:
+    if not own:
+        raise SpecError(f"no row is of {method!r}")
+    missing = sorted({(row.left, row.seed) for row in own} - set(native))
+    if missing:
+        raise SpecError(
+            f"there is no native model of {missing[0][0]} experts, seed {missing[0][1]}"
+        )
+    seeds = {row.seed for row in own}
+    times = Counter((row.experts, row.left, row.seed) for row in own)
+    for experts, left in sorted({(row.experts, row.left) for row in own}):
+        for seed in sorted(seeds):
+            if times[experts, left, seed] != 1:
+                raise SpecError(
+                    f"{times[experts, left, seed]} rows are of {method!r} with {left} of {experts} "
+                    f"experts, seed {seed}; give one for each seed"
+                )
 
 
 def _check(models: Mapping[int, PreTrainedModel], methods: Mapping[str, Method]) -> None:

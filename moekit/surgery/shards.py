@@ -76,6 +76,23 @@ def is_report(path: Path) -> bool:
     return path.name.startswith("moekit_") and path.suffix == ".json"
 
 
+def require_free(output: Path) -> None:
+    """Refuse a place for a result where something is.
+
+    Raises:
+        OutputError: a file, a folder that is not empty, or the folder that one is in.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output} is there already and would be replaced; choose another place")
+    if output.absolute().resolve() == Path.cwd().resolve():
+        raise OutputError(f"{output} is the folder that you are in; name one that is to be made")
+
+
+def beside(output: Path, ending: str) -> Path:
+    """A hidden place next to ``output``, named after it."""
+    return output.with_name(f".{output.name}.{ending}")
+
+
 @contextmanager
 def appearing(output: Path) -> Iterator[Path]:
     """A folder to fill, which takes the name ``output`` once the block ends without an error.
@@ -85,12 +102,11 @@ def appearing(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: ``output`` is there already, or cannot be written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output} is there already and would be replaced; choose another place")
-    scratch = output.with_name(f".{output.name}.{secrets.token_hex(4)}.part")
+    require_free(output)
+    scratch = beside(output, f"{secrets.token_hex(4)}.part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.glob(f".{output.name}.*.part"):
+        for left in scratch.parent.glob(beside(output, "*.part").name):
             shutil.rmtree(left, ignore_errors=True)
         scratch.mkdir()
         try:

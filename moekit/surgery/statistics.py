@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekit.errors import CheckpointError
+from moekit.errors import CheckpointError, SpecError
 from moekit.routing import Routing
 from moekit.surgery.view import BlockView
 
@@ -83,6 +83,19 @@ class BlockStatistics:
         length_EE = length_E[:, None] * length_E
         cosine_EE = torch.where(length_EE > 0, gram_EE / length_EE, 0.0).clamp(-1, 1)
         return cosine_EE.fill_diagonal_(1.0)
+
+    def require_of(self, view: BlockView) -> None:
+        """Refuse statistics of a block of another shape.
+
+        Raises:
+            SpecError: they are not of this number of experts and this width.
+        """
+        own, wanted = (self.experts, self.input_SD.shape[1]), tuple(view.router.weight.shape)
+        if own != wanted:
+            raise SpecError(
+                f"{view.name} has {wanted[0]} experts of width {wanted[1]}, and these statistics "
+                f"are of {own[0]} of width {own[1]}; record them with this model"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as tensors, for a file."""

@@ -81,6 +81,7 @@ def upcycle_checkpoint(
     output: Path,
     spec: Upcycling,
     reporter: ProgressReporter | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> PreTrainedConfig:
     """The same from folder to folder, a layer in memory at a time; weights are equal to the bit.
 
@@ -89,6 +90,8 @@ def upcycle_checkpoint(
         output: folder of the mixture, which appears when all of it is written.
         spec: how.
         reporter: told how far it is, in layers.
+        finish: given the finished folder before it takes the name ``output``; what it writes there
+            comes with it.
 
     Returns:
         The mixture's config.
@@ -123,6 +126,8 @@ def upcycle_checkpoint(
         config.architectures = [type(skeleton).__name__]
         config.save_pretrained(scratch)
         reporter.finish()
+        if finish is not None:
+            finish(scratch)
     return config
 
 

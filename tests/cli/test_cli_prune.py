@@ -90,6 +90,18 @@ def test_a_result_of_our_class(moekit: Moekit, small: list[str]) -> None:
     assert "PrunedMoEForCausalLM" in moekit("inspect", "out").out
 
 
+def test_as_many_sequences_as_asked_and_a_setting_of_one_word(
+    moekit: Moekit, small: list[str]
+) -> None:
+    sizes = ["--sequences=5", "--held-out=3", "--batch-size=4"]
+    ended = moekit(*small, *sizes, "--method=dern", "--set", "parts=up", "--output=out", "--json")
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    assert report["calibration_tokens"] == 5 * 32
+    assert report["before"]["tokens"] == report["after"]["tokens"] == 3 * 31
+    assert report["method"]["parts"] == ["up"]
+
+
 def test_a_target_size(moekit: Moekit, small: list[str], olmoe: Path) -> None:
     whole = (olmoe / "model.safetensors").stat().st_size
     size = f"{whole * 0.8 / 1000:.1f}kB"
@@ -128,6 +140,7 @@ def test_help_has_examples(moekit: Moekit) -> None:
         (["--batch-size=0"], "--batch-size is 0"),
         (["--held-out=-1"], "--held-out is -1"),
         (["--device=tpu"], "no device"),
+        (["--seed=-1"], "seed is -1"),
     ],
 )
 def test_mistakes(moekit: Moekit, small: list[str], options: list[str], said: str) -> None:

@@ -14,11 +14,10 @@ from surgery_models import CONFIGS, VOCABULARY, Blocks, tiny
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from moekit.errors import CheckpointError, DataError, OutputError, SpecError
+from moekit.errors import CheckpointError, DataError, OutputError
 from moekit.measure import inspect_checkpoint
 from moekit.surgery import block_views
-from moekit.surgery.blockwise import BlockwiseModel
-from moekit.surgery.budget import Budget, bytes_after, spread
+from moekit.surgery.budget import Budget
 from moekit.surgery.checkpoint import Checkpoint
 from moekit.surgery.evaluate import evaluate
 from moekit.surgery.methods import DERN, REAP, Frequency, HCSMoE, Method, MSMoE, Random, Uncurl
@@ -177,93 +176,6 @@ def test_a_run_that_stops_in_its_comparison_goes_on(
     assert again.after is not None
     assert whole.after is not None
     assert again.after.loss == whole.after.loss
-
-
-def model_of(folder: Path) -> BlockwiseModel:
-    return BlockwiseModel(Checkpoint(folder))
-
-
-@pytest.mark.parametrize(
-    ("budget", "counts"),
-    [
-        (Budget(ratio=0.5), [4, 4, 4]),
-        (Budget(ratio=0.7), [6, 6, 6]),
-        (Budget(experts=3), [3, 3, 3]),
-        (Budget(ratio=1), [8, 8, 8]),
-    ],
-)
-def test_a_ratio_or_a_number(budget: Budget, counts: list[int], olmoe: Path) -> None:
-    assert budget.counts(model_of(olmoe), reroutes=False) == counts
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_target_size_is_reached_and_used(name: str, tmp_path: Path) -> None:
-    tiny(name).save_pretrained(tmp_path / "model")
-    model = model_of(tmp_path / "model")
-    whole = sum(t.bytes for t in model.checkpoint.stored.values())
-    blocks = sum(view is not None for view in model.blocks)
-    half = bytes_after(model, [4] * blocks, False)
-    assert Budget(bytes=whole).counts(model, False) == [8] * blocks
-    assert Budget(bytes=half).counts(model, False) == [4] * blocks
-    prune(tmp_path / "model", tmp_path / "out", Frequency(), Budget(bytes=half), DATA)
-    stored = Checkpoint(tmp_path / "out").stored.values()
-    assert sum(tensor.bytes for tensor in stored) == half
-    with pytest.raises(SpecError, match=r"1 bytes cannot be reached: with one expert a block"):
-        Budget(bytes=1).counts(model, True)
-
-
-def test_a_target_size_holds_with_routers_that_keep_their_rows(olmoe: Path, tmp_path: Path) -> None:
-    wanted = bytes_after(model_of(olmoe), [4] * 3, True)
-    method = MSMoE(allocation="uniform")
-    prune(olmoe, tmp_path / "out", method, Budget(bytes=wanted), DATA)
-    stored = Checkpoint(tmp_path / "out").stored.values()
-    assert sum(tensor.bytes for tensor in stored) == wanted
-
-
-@pytest.mark.parametrize(
-    ("budget", "said"),
-    [
-        (Budget(experts=2), "2 experts are too few for model.layers.0.mlp: a token takes 3"),
-        (Budget(ratio=0.1), "1 experts are too few"),
-        (Budget(experts=9), "9 experts cannot be kept of the 8"),
-    ],
-)
-def test_a_budget_that_does_not_fit_is_refused(budget: Budget, said: str, olmoe: Path) -> None:
-    with pytest.raises(SpecError, match=said):
-        budget.counts(model_of(olmoe), reroutes=False)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"ratio": 0.0}, {"ratio": 1.1}, {"experts": 0}, {"bytes": 0}, {"ratio": 1, "experts": 2}],
-)
-def test_a_budget_of_nothing_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(SpecError, match=r"wanted|give one"):
-        Budget(**settings)
-
-
-def test_experts_are_spread_by_importance(olmoe: Path) -> None:
-    model = model_of(olmoe)
-    views = [view for view in model.blocks if view is not None]
-    stats = record(Checkpoint(olmoe), DATA, REAP().needs)
-    method = REAP(allocation="global")
-    counts = spread(method, [4, 4, 4], views, stats)
-    assert sum(counts) == 12
-    assert min(counts) >= 3
-    shares = [method.importance(s) / method.importance(s).sum() for s in stats]
-    kept = [x.sort(descending=True).values[:c] for x, c in zip(shares, counts, strict=True)]
-    left = [x.sort(descending=True).values[c:] for x, c in zip(shares, counts, strict=True)]
-    free = [k[3:] for k in kept]  # beyond what a token needs
-    assert all(float(f.min()) >= float(x.max()) for f in free if len(f) for x in left if len(x))
-    assert spread(REAP(), [4, 4, 4], views, stats) == [4, 4, 4]
-    with pytest.raises(SpecError, match="random ranks no experts"):
-        spread(Random(allocation="global"), [4, 4, 4], views, stats)
-
-
-def test_groups_cannot_be_spread(tmp_path: Path) -> None:
-    tiny("deepseek_v3").save_pretrained(tmp_path / "model")
-    with pytest.raises(SpecError, match="set allocation to uniform"):
-        prune(tmp_path / "model", tmp_path / "out", REAP(allocation="global"), HALF, DATA)
 
 
 def test_bad_inputs_leave_nothing_behind(olmoe: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -111,6 +112,10 @@ def test_thresholds_before_tuning() -> None:
         ([row("native", 4, 4, 1.0)], "no row is of 'uncurl'"),
         ([row("uncurl", 8, 4, 1.0)], "no native model of 4 experts"),
         ([row("uncurl", 8, 4, 1.0), row("native", 4, 4, 1.0, seed=1)], "seed 0"),
+        (BY_HAND[:-1], "0 rows are of 'uncurl' with 2 of 4 experts, seed 1"),
+        ([*BY_HAND, BY_HAND[-1]], "2 rows are of 'uncurl' with 2 of 4 experts, seed 1"),
+        ([*BY_HAND[:-1], row("uncurl", 4, 2, math.nan, seed=1)], "uncurl with 2 of 4 .* NaN"),
+        ([*BY_HAND, row("native", 2, 2, math.nan, seed=5)], "native with 2 of 2 .* seed 5, is NaN"),
     ],
 )
 def test_rows_that_say_nothing(rows: list[FactorRow], message: str) -> None:

@@ -178,7 +178,7 @@ class DERN(Method):
         width = own.up.shape[1]
         centre_HP = recluster(
             torch.cat(pool),
-            weight_S.float(),
+            weight_S,
             own.hidden,
             width,
             None if self.init == "own" else self.init_distinct,
@@ -190,11 +190,11 @@ class DERN(Method):
 
 
 def _segments(expert: ExpertWeights, sign_H: Tensor | None, canonical: bool) -> Tensor:
-    """Gate row, up row and down column of every neuron, side by side (H, 3D) in float32."""
+    """Gate row, up row and down column of every neuron, side by side (H, 3D)."""
     assert expert.gate is not None
     up, down = _scaled(expert, canonical)
     sign_H1 = torch.ones(1, 1) if sign_H is None else sign_H[:, None]
-    return torch.cat([expert.gate.float(), up * sign_H1, down * sign_H1], dim=1)
+    return torch.cat([_widened(expert.gate), up * sign_H1, down * sign_H1], dim=1)
 
 
 def _scaled(expert: ExpertWeights, canonical: bool) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ def _scaled(expert: ExpertWeights, canonical: bool) -> tuple[Tensor, Tensor]:
 
     Where ``canonical``, a pair has equal norms and the largest number of its up row is positive.
     """
-    up, down = expert.up.float(), expert.down.float().T
+    up, down = _widened(expert.up), _widened(expert.down).T
     if not canonical:
         return up, down
     up_H, down_H = up.norm(dim=1), down.norm(dim=1)
@@ -226,8 +226,13 @@ def _product(
     for expert in (first, second):
         assert expert.gate is not None
         up, down = _scaled(expert, canonical)
-        sides.append({"gate": expert.gate.float(), "up": up, "down": down})
+        sides.append({"gate": _widened(expert.gate), "up": up, "down": down})
     for part in parts:
         a, b = sides[0][part], sides[1][part]
         total = total + ((a * b).sum(1) if own else a @ b.T)
     return total
+
+
+def _widened(weight: Tensor) -> Tensor:
+    """In float32, or float64 where it is that."""
+    return weight if weight.dtype == torch.float64 else weight.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -72,7 +72,7 @@ class Method(Spec):
 
     @classmethod
     def named(cls, name: str, /, **settings: object) -> Method:
-        """The method of this name.
+        """The method of this name; a single word is a list of itself where a list is wanted.
 
         Raises:
             SpecError: there is none, or a setting does not fit it.
@@ -82,7 +82,12 @@ class Method(Spec):
         found = {kind.name: kind for kind in cls.kinds().values()}
         if name not in found:
             raise SpecError(f"there is no method {name!r}; known: {', '.join(sorted(found))}")
-        return cls.from_dict({"kind": found[name].__name__, **settings})
+        lists = {f.name for f in fields(found[name]) if isinstance(f.default, tuple)}
+        given = {
+            setting: [value] if setting in lists and isinstance(value, str) else value
+            for setting, value in settings.items()
+        }
+        return cls.from_dict({"kind": found[name].__name__, **given})
 
 
 @dataclass(frozen=True)

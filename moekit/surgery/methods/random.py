@@ -30,7 +30,7 @@ class Random(Method):
             "random ranks no experts and so cannot spread them over blocks; set allocation to "
             "uniform",
         )
-        self.require(abs(self.seed) < 2**31, f"seed is {self.seed}; wanted below 2**31")
+        self.require(0 <= self.seed < 2**31, f"seed is {self.seed}; wanted 0 to 2**31 - 1")
 
     def plan(self, view: BlockView, statistics: BlockStatistics, count: int) -> BlockPlan:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + view.index)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from moekit.errors import SpecError
 from moekit.surgery.methods.method import ScoreMethod
 from moekit.surgery.statistics import BlockStatistics, Needs
 
@@ -26,5 +27,6 @@ class REAP(ScoreMethod):
         return Needs(norms=True)
 
     def importance(self, statistics: BlockStatistics) -> Tensor:
-        assert statistics.weighted_norm_E is not None
+        if statistics.weighted_norm_E is None:
+            raise SpecError("reap needs the norms of the experts' outputs; record them with norms")
         return statistics.weighted_norm_E / statistics.count_E.clamp_min(1)

@@ -29,7 +29,7 @@ def recluster(
             those of the largest gates; None to start from the first neurons.
         iterations: at most.
     """
-    norm_S = segment_SP.norm(dim=1)
+    norm_S, weight_S = segment_SP.norm(dim=1), weight_S.to(segment_SP)
     unit_SP = F.normalize(segment_SP, dim=1)
     if distinct is None:
         centre_CP = segment_SP[:count]
@@ -88,10 +88,10 @@ def _without_empty(label_S: Tensor, cosine_S: Tensor, count: int) -> Tensor:
 def _centres(
     unit_SP: Tensor, norm_S: Tensor, weight_S: Tensor, label_S: Tensor, count: int
 ) -> Tensor:
-    mass_C = torch.zeros(count).index_add_(0, label_S, weight_S)
+    mass_C = unit_SP.new_zeros(count).index_add_(0, label_S, weight_S)
     weight_S = torch.where(mass_C[label_S] > 0, weight_S, 1.0)
     size_C = label_S.bincount(minlength=count).clamp_min(1)
-    length_C = torch.zeros(count).index_add_(0, label_S, norm_S) / size_C
-    sum_CP = torch.zeros(count, unit_SP.shape[1])
+    length_C = unit_SP.new_zeros(count).index_add_(0, label_S, norm_S) / size_C
+    sum_CP = unit_SP.new_zeros(count, unit_SP.shape[1])
     sum_CP.index_add_(0, label_S, weight_S[:, None] * unit_SP)
     return F.normalize(sum_CP, dim=1) * length_C[:, None]

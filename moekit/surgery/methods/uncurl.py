@@ -30,6 +30,9 @@ class Uncurl(MergingMethod):
     center: bool = False
     seed: int = 0
 
+    def check(self) -> None:
+        self.require(0 <= self.seed < 2**31, f"seed is {self.seed}; wanted 0 to 2**31 - 1")
+
     def clusters(self, statistics: BlockStatistics, members: list[int], count: int) -> Clusters:
         if statistics.tokens < 2:
             raise SpecError(

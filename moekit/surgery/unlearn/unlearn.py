@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moekit.data.fingerprint import digest_of, fingerprint_of
-from moekit.errors import CheckpointError, OutputError
+from moekit.errors import CheckpointError
 from moekit.measure.observe import TokenBlocks
 from moekit.surgery.checkpoint import Checkpoint, local_folder
 from moekit.surgery.run_store import RunStore, blocks_digest
+from moekit.surgery.shards import appearing, beside, require_free
 from moekit.surgery.unlearn.attribution import attribute_experts, require_scores
 from moekit.surgery.unlearn.loop import Look, Loop, Outcome, Texts, drawn_blocks, require_texts
 from moekit.surgery.unlearn.spec import UnlearnSpec
@@ -115,6 +116,7 @@ def unlearn(
     *,
     device: str = "cpu",
     reporter: ProgressReporter | None = None,
+    finish: Callable[[Path, UnlearnReport], None] | None = None,
 ) -> UnlearnReport:
     """Write a checkpoint that has unlearned a text; the old one is only read.
 
@@ -129,6 +131,8 @@ def unlearn(
         spec: how.
         device: where to run the model, which has to fit there.
         reporter: told how far it is.
+        finish: given the finished folder and the report before the folder takes the name
+            ``output``; what it writes there comes with it.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete, damaged, quantised or not finite.
@@ -137,16 +141,18 @@ def unlearn(
         DivergedError: a loss is not finite.
         OutputError: ``output`` is there already, or cannot be written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output} is there already and would be replaced; choose another place")
+    require_free(output)
     source = Checkpoint(local_folder(checkpoint))
     require_texts(texts, spec)
     model = _loaded(source, device)
-    work = output.with_name(f".{output.name}.work")
+    work = beside(output, "work")
     store = RunStore.of(work, _digest(source, texts, spec))
     run = _Run(model, texts, spec, store, reporter or SilentProgress())
     report = run.report()
-    write_unlearned(source, model, run.trained, output)
+    with appearing(output) as folder:
+        write_unlearned(source, model, run.trained, folder)
+        if finish is not None:
+            finish(folder, report)
     shutil.rmtree(work, ignore_errors=True)
     return report
 

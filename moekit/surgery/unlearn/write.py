@@ -12,43 +12,41 @@ from transformers import PreTrainedModel
 
 from moekit.errors import CheckpointError, OutputError
 from moekit.surgery.checkpoint import Checkpoint
-from moekit.surgery.shards import appearing, is_report
+from moekit.surgery.shards import is_report
 from moekit.surgery.unlearn.trained import Trained
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".md")
 
 
 def write_unlearned(
-    checkpoint: Checkpoint, model: PreTrainedModel, trained: Trained, output: Path
+    checkpoint: Checkpoint, model: PreTrainedModel, trained: Trained, folder: Path
 ) -> list[str]:
     """Copy a checkpoint and put the trained tensors in the places of the old ones.
 
     Files keep their names and their division, and every byte that is not a trained weight stays.
-    ``output`` appears when all of it is written.
 
     Args:
         checkpoint: the model before, which is only read.
         model: the model after.
         trained: what was trained of it.
-        output: folder of the result.
+        folder: empty, for the result.
 
     Returns:
         The stored names of the tensors that were written.
 
     Raises:
-        OutputError: ``output`` is there already, or cannot be written.
+        OutputError: it cannot be written.
         CheckpointError: a trained weight is not finite in the type that it is stored in.
     """
-    with appearing(output) as folder:
-        weights = {entry.file for entry in checkpoint.stored.values()}
-        for path in sorted(checkpoint.folder.iterdir()):
-            is_rest = path.suffix in _COPIED and not is_report(path)
-            if path.is_file() and (path.name in weights or is_rest):
-                _copy(path, folder / path.name)
-        written = []
-        for name, tensor in _new_tensors(checkpoint, model, trained):
-            _put(checkpoint, folder, name, tensor)
-            written.append(name)
+    weights = {entry.file for entry in checkpoint.stored.values()}
+    for path in sorted(checkpoint.folder.iterdir()):
+        is_rest = path.suffix in _COPIED and not is_report(path)
+        if path.is_file() and (path.name in weights or is_rest):
+            _copy(path, folder / path.name)
+    written = []
+    for name, tensor in _new_tensors(checkpoint, model, trained):
+        _put(checkpoint, folder, name, tensor)
+        written.append(name)
     return written
 
 
