@@ -74,7 +74,9 @@ def methods(seed: int) -> dict[str, Method]:
         "dern": DERN(),
         "uncurl": Uncurl(),
         "dern, router=probability": DERN(router="probability"),
+        "dern, router=none": DERN(router="none"),
         "uncurl, router=alias": Uncurl(router="alias"),
+        "hc-smoe, router=average": HCSMoE(router="average"),
     }
 
 
@@ -84,7 +86,7 @@ class Extent:
 
     calibration: int = 128  # blocks
     blocks: int = 6  # of each domain
-    items: int = 4  # of each domain
+    items: int = 16  # of each domain
     tuning: int = 60  # steps
     task_blocks: int = 48
     seeds: tuple[int, ...] = SEEDS
