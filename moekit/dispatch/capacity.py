@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from moekit.errors import SpecError
+from moekit.routing.ids import queue_positions
 from moekit.routing.router import ZERO_COMPUTATION
-from moekit.routing.routing import Routing, queue_positions
+from moekit.routing.routing import Routing
 
 Priority = Literal["position", "score", "slot", "random"]
 

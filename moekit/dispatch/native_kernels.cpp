@@ -116,7 +116,7 @@ void forward_pass(const Call& call) {
                 store_some(inner_RJ + 2 * r * hidden + first + i, gate, count);
                 store_some(inner_RJ + (2 * r + 1) * hidden + first + i, value, count);
               }
-              store_some(outer_RH + r * hidden + first + i, gate * sigmoid(gate) * value, count);
+              store_some(outer_RH + r * hidden + first + i, gate * sigmoid(gate, T{}) * value, count);
             });
           });
       products(
@@ -142,7 +142,7 @@ float pull_back(Size hidden, const T* inner_J, const float* back_H, float weight
   Vector total = {};
   each_vector(hidden, [&](Size h, Size count) {
     const Vector gate = load_some(inner_J + h, count), up = load_some(inner_J + hidden + h, count);
-    const Vector back = load_some(back_H + h, count), share = sigmoid(gate);
+    const Vector back = load_some(back_H + h, count), share = sigmoid(gate, T{});
     const Vector passed = gate * share, scaled = weight * back;
     total += back * passed * up;
     store_some(scaled_H + h, weight * passed * up, count);
@@ -224,7 +224,7 @@ inline void pull_back_pairs(const Call& call, Size e, Size r, Size m, Size first
         const Size row = r + i + j, place = first + c;
         const bfloat16* inner = static_cast<const bfloat16*>(call.inner_RJ) + 2 * row * hidden;
         const Vector gate = load(inner + place), up = load(inner + hidden + place);
-        const Vector back = load(sums + (i + j) * BLOCK + c), share = sigmoid(gate);
+        const Vector back = load(sums + (i + j) * BLOCK + c), share = sigmoid(gate, bfloat16{});
         const Vector passed = gate * share, weight = splat(call.weight_NK[call.assignment_R[row]]);
         total[j] += back * passed * up;
         scaled[j] = weight * passed * up;

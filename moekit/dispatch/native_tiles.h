@@ -143,7 +143,24 @@ inline Vector reciprocal(Vector x) {
 #endif
 }
 
-Vector sigmoid(Vector x) { return reciprocal(1.f + exponential(-x)); }
+inline Vector sigmoid(Vector x, float) { return reciprocal(1.f + exponential(-x)); }
+
+// The same to about four digits, more than bfloat16 holds.
+inline Vector sigmoid(Vector x, bfloat16) {
+#if defined(__AVX512F__)
+  const __m512 power = (__m512)(x * -1.44269504f), whole = _mm512_roundscale_ps(power, 0);
+  const Vector part = (Vector)_mm512_sub_ps(power, whole);  // -1/2 to 1/2
+  Vector two_to = splat(0.00956051f);
+  two_to = two_to * part + 0.05591704f;
+  two_to = two_to * part + 0.24024981f;
+  two_to = two_to * part + 0.69312197f;
+  two_to = two_to * part + 0.99999919f;
+  return (Vector)_mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.f),
+                                               _mm512_scalef_ps((__m512)two_to, whole)));
+#else
+  return sigmoid(x, 0.f);
+#endif
+}
 
 // What one step of a dot product takes from each operand.
 template <class T>

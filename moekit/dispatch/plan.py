@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from moekit.experts.groups import PaddedGroups, RowGroups
-from moekit.routing.routing import Routing, count_ids
+from moekit.routing.ids import count_ids, sort_ids
+from moekit.routing.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ def plan_rows(
     the ranges cover every expert.
     """
     experts = sum(stop - start for start, stop in ranges)
-    local_NK = _local_ids(routing, ranges, experts)
-    order = local_NK.flatten().argsort(stable=True)
-    count_E = count_ids(local_NK.flatten(), experts + 1)[:experts]
+    local = _local_ids(routing, ranges, experts).flatten()
+    order = sort_ids(local, experts + 1)
+    count_E = count_ids(local, experts + 1)[:experts]
     every = routing.full and experts == routing.experts
     assignment_R = order if every else order[: int(count_E.sum())]
     return Plan(assignment_R, routing.weight_NK, groups(count_E), every)
@@ -133,7 +134,7 @@ def plan_places(routing: Routing, ranges: list[tuple[int, int]], places: int) ->
     experts = sum(stop - start for start, stop in ranges)
     local = _local_ids(routing, ranges, experts).flatten()
     count_E = count_ids(local, experts + 1)[:experts]
-    order = local.argsort(stable=True)
+    order = sort_ids(local, experts + 1)
     start_E = count_E.cumsum(0) - count_E
     place_C = torch.arange(places, device=local.device)
     taken_EC = place_C < count_E[:, None]

@@ -26,8 +26,9 @@ from moekit.dispatch.dispatch import Dispatch, DispatchSpec
 from moekit.dispatch.plan import Plan, plan_rows
 from moekit.errors import SpecError
 from moekit.experts.experts import Experts
+from moekit.routing.ids import count_ids, queue_positions
 from moekit.routing.router import ZERO_COMPUTATION, RouterSpec
-from moekit.routing.routing import Routing, count_ids, queue_positions
+from moekit.routing.routing import Routing
 from moekit.routing.token_graph import TokenGraph
 from moekit.routing.top_k import TopK
 

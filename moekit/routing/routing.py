@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moekit.errors import SpecError
+from moekit.routing.ids import count_ids
 
 if TYPE_CHECKING:
     from moekit.experts.experts import Experts
@@ -259,29 +260,6 @@ class Load:
 
     def __add__(self, other: Load) -> Load:
         return Load(self.assignments_E + other.assignments_E, self.tokens + other.tokens)
-
-
-def count_ids(ids: Tensor, size: int) -> Tensor:
-    """How often each of ``0 … size - 1`` occurs in ``ids``, int64 (size,).
-
-    ``torch.bincount`` reads the largest id back from the device; this reads nothing.
-    """
-    return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))
-
-
-def queue_positions(place_R: Tensor, order_R: Tensor, places: int) -> Tensor:
-    """How many assignments to its own place come before each one, int64 (R,).
-
-    Args:
-        place_R: what each assignment asks for, ``0 … places - 1``: an expert, say.
-        order_R: the assignments in the order in which they are served.
-        places: number of different places.
-    """
-    by_place_R = order_R[place_R[order_R].argsort(stable=True)]
-    count = count_ids(place_R, places)
-    start = count.cumsum(0) - count
-    rank_R = torch.arange(len(order_R), device=order_R.device) - start[place_R[by_place_R]]
-    return torch.empty_like(rank_R).scatter_(0, by_place_R, rank_R)
 
 
 def all_slots_NE(active_NE: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moekit.errors import SignalError
+from moekit.routing.ids import count_ids, queue_positions
 from moekit.routing.router import routing_dtype
-from moekit.routing.routing import Signals, count_ids, queue_positions
+from moekit.routing.routing import Signals
 
 
 @dataclass(frozen=True)
