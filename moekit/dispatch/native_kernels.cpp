@@ -97,7 +97,7 @@ void forward_pass(const Call& call) {
   T* out_RO = static_cast<T*>(call.out_RO);
   const Size hidden = call.hidden, out_width = call.out_width;
   const Size most = std::min(rows_at_once(groups, call.threads), call.rows);
-  const std::unique_ptr<T[]> outer(new T[most * hidden]);
+  const Room<T> outer(most * hidden);
 #pragma omp parallel num_threads(call.threads)
   {
     each_run(groups, most, [&](const Groups& run, Size run_start) {
@@ -208,23 +208,29 @@ bool pairs_take(Size width, Size hidden, Size out_width) {
 struct Between {
   bfloat16* back_RJ;   // gradient before the activation, from the run's first row on
   float* grad_RB;      // the router's gradient, from each block of columns, likewise
-  Panels scaled, back; // s A, and the gradient before the activation
+  Panels<WIDE> scaled; // s A
+  Panels<LEFT> back;   // the gradient before the activation
 };
 
-// LEFT rows or fewer through SwiGLU backward, in a block of columns; `r` is even in its expert.
+// TALL rows or fewer through SwiGLU backward, in a block of columns; `r` is even in its expert.
 inline void pull_back_pairs(const Call& call, Size e, Size r, Size m, Size first, Size size,
                             const float* sums, const Between& to) {
-  const Size hidden = call.hidden, blocks = ceil_div(hidden, BLOCK), run_start = to.back.first_row;
+  const Size hidden = call.hidden, blocks = ceil_div(hidden, WIDE), run_start = to.back.first_row;
   const Size pair = (r - to.back.start[e]) / 2;
+  const bfloat16* inner_RJ = static_cast<const bfloat16*>(call.inner_RJ);
+  for (Size row = r + m; row < std::min(r + 2 * m, to.back.start[e + 1]); ++row) {
+    fetch(inner_RJ + 2 * row * hidden + first, size);
+    fetch(inner_RJ + (2 * row + 1) * hidden + first, size);
+  }
   for (Size i = 0; i < m; i += 2) {
     Vector total[2] = {};
     for (Size c = 0; c < size; c += LANES) {
       Vector scaled[2] = {}, gates[2] = {}, ups[2] = {};
       for (Size j = 0; j < 2 && i + j < m; ++j) {
         const Size row = r + i + j, place = first + c;
-        const bfloat16* inner = static_cast<const bfloat16*>(call.inner_RJ) + 2 * row * hidden;
+        const bfloat16* inner = inner_RJ + 2 * row * hidden;
         const Vector gate = load(inner + place), up = load(inner + hidden + place);
-        const Vector back = load(sums + (i + j) * BLOCK + c), share = sigmoid(gate, bfloat16{});
+        const Vector back = load(sums + (i + j) * WIDE + c), share = sigmoid(gate, bfloat16{});
         const Vector passed = gate * share, weight = splat(call.weight_NK[call.assignment_R[row]]);
         total[j] += back * passed * up;
         scaled[j] = weight * passed * up;
@@ -238,7 +244,7 @@ inline void pull_back_pairs(const Call& call, Size e, Size r, Size m, Size first
       to.back.put(e, pair + i / 2, hidden + first + c, paired(ups[0], ups[1]));
     }
     for (Size j = 0; j < 2 && i + j < m; ++j)
-      to.grad_RB[(r + i + j - run_start) * blocks + first / BLOCK] = sum(total[j]);
+      to.grad_RB[(r + i + j - run_start) * blocks + first / WIDE] = sum(total[j]);
   }
 }
 
@@ -251,14 +257,14 @@ void backward_pass_in_pairs(const Call& call, const Groups& groups) {
   bfloat16* grad_up_EJD = static_cast<bfloat16*>(call.grad_up_EJD);
   bfloat16* grad_down_EOH = static_cast<bfloat16*>(call.grad_down_EOH);
   const Size hidden = call.hidden, width = call.width, out_width = call.out_width;
-  const Size blocks = ceil_div(hidden, BLOCK), inner = 2 * hidden;
+  const Size blocks = ceil_div(hidden, WIDE), inner = 2 * hidden;
   const Size most = std::min(rows_at_once(groups, call.threads), call.rows);
-  const std::unique_ptr<bfloat16[]> back_RJ(new bfloat16[most * inner]);
-  const std::unique_ptr<float[]> grad_RB(new float[most * blocks]);
-  const auto grads = Panels::room(most, call.experts, out_width, LEFT);
-  const auto scaled = Panels::room(most, call.experts, hidden, BLOCK);
-  const auto backs = Panels::room(most, call.experts, inner, LEFT);
-  const auto xs = Panels::room(most, call.experts, width, BLOCK);
+  const Room<bfloat16> back_RJ(most * inner);
+  const Room<float> grad_RB(most * blocks);
+  const auto grads = Panels<LEFT>::room(most, call.experts, out_width);
+  const auto scaled = Panels<WIDE>::room(most, call.experts, hidden);
+  const auto backs = Panels<LEFT>::room(most, call.experts, inner);
+  const auto xs = Panels<WIDE>::room(most, call.experts, width);
   const auto x_row = [&](Size r) {
     return static_cast<const bfloat16*>(call.x_ND) + call.assignment_R[r] / call.slots * call.x_ld;
   };
@@ -269,14 +275,16 @@ void backward_pass_in_pairs(const Call& call, const Groups& groups) {
 #pragma omp parallel num_threads(call.threads)
   {
     each_run(groups, most, [&](const Groups& run, Size first_row) {
-      const auto panels = [&](Pair* data, Size columns, Size panel_width) {
-        return Panels{data,        panel_width, ceil_div(columns, panel_width),
-                      run.start, first_row,   run.used[0]};
+      const auto left = [&](Pair* data, Size columns) {
+        return Panels<LEFT>{data, ceil_div(columns, LEFT), run.start, first_row, run.used[0]};
       };
-      const Panels grad = panels(grads.get(), out_width, LEFT);
-      const Panels x = panels(xs.get(), width, BLOCK);
-      const Between between = {back_RJ.get(), grad_RB.get(), panels(scaled.get(), hidden, BLOCK),
-                               panels(backs.get(), inner, LEFT)};
+      const auto right = [&](Pair* data, Size columns) {
+        return Panels<WIDE>{data, ceil_div(columns, WIDE), run.start, first_row, run.used[0]};
+      };
+      const Panels<LEFT> grad = left(grads.get(), out_width);
+      const Panels<WIDE> x = right(xs.get(), width);
+      const Between between = {back_RJ.get(), grad_RB.get(), right(scaled.get(), hidden),
+                               left(backs.get(), inner)};
       if (grad_down_EOH) put_rows(run, grad_row, out_width, grad);
       if (grad_up_EJD) put_rows(run, x_row, width, x);
       paired_back_products(run, grad_row, down, hidden, out_width,
@@ -299,7 +307,7 @@ void backward_pass_in_pairs(const Call& call, const Groups& groups) {
               for (Size i = 0; i < m; ++i)
                 each_vector(size, [&](Size c, Size count) {
                   store_some(back_RD + (r + i) * width + first + c,
-                             load_some(sums + i * BLOCK + c, count), count);
+                             load_some(sums + i * WIDE + c, count), count);
                 });
             });
     });

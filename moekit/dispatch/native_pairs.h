@@ -1,7 +1,7 @@
 // Products of bfloat16 by the instruction that multiplies and adds two neighbours at once.
 //
-// The two lie side by side along the sum, a `Pair`. Of the right operand a panel of BLOCK results
-// is laid out pair by pair, so that a vector holds one pair of each of 16 results; of the left one
+// The two lie side by side along the sum, a `Pair`. Of the right operand a panel of 64 results is
+// laid out pair by pair, so that a vector holds one pair of each of 16 results; of the left one
 // a pair at a time is broadcast. Nothing is then left to be summed across a vector, and 24
 // accumulators keep the two units of the CPU busy. Making a panel costs about what one row costs
 // to multiply with it.
@@ -11,7 +11,6 @@
 #include "native_tiles.h"
 
 #include <algorithm>
-#include <memory>
 #include <type_traits>
 
 namespace {
@@ -23,21 +22,23 @@ constexpr Size PAIRED_ROWS = 40, PAIRED_ROWS_BACK = 12;
 using Pair = std::uint32_t;
 
 // A panel for each thread, made when it first asks.
-class Room {
+class Panel {
  public:
   Pair* pairs(Size count) {
-    if (count > size_) memory_.reset(new Pair[size_ = count]);
-    return memory_.get();
+    if (count > size_) room_ = Room<Pair>(size_ = count);
+    return room_.get();
   }
 
  private:
-  std::unique_ptr<Pair[]> memory_;
+  Room<Pair> room_;
   Size size_ = 0;
 };
 
 #if defined(__AVX512BF16__)
 
-constexpr int LEFT = 8;  // rows of a tile, and pairs side by side in a left panel
+constexpr int TALL = DOT_ROWS;          // rows of a tile
+constexpr Size WIDE = BLOCK<bfloat16>;  // columns of a tile and of a right panel
+constexpr Size LEFT = LANES;            // pairs side by side in a left panel
 
 // out[m][c] = Σ_k left[m][k] · panel[k][c] for M rows and V vectors of columns, of which the last
 // has `count`. The pairs of row m are `step` pairs apart from left[m] on.
@@ -50,7 +51,7 @@ inline void pair_tile(const T* const* left, Size step, const Pair* panel, Size p
   for (Size k = 0; k < pairs; ++k) {
     __m512bh right[V];
     for (int v = 0; v < V; ++v)
-      right[v] = (__m512bh)_mm512_loadu_si512(panel + k * BLOCK + v * LANES);
+      right[v] = (__m512bh)_mm512_loadu_si512(panel + k * WIDE + v * LANES);
     for (int m = 0; m < M; ++m) {
       int pair;
       std::memcpy(&pair, reinterpret_cast<const char*>(left[m]) + k * step * sizeof(Pair),
@@ -72,11 +73,12 @@ void pair_tiles_of_rows(const T* const* left, Size step, const Pair* panel, Size
   switch (ceil_div(columns, LANES)) {
     case 1: return pair_tile<M, 1>(left, step, panel, pairs, out, ld_out, last);
     case 2: return pair_tile<M, 2>(left, step, panel, pairs, out, ld_out, last);
-    default: return pair_tile<M, 3>(left, step, panel, pairs, out, ld_out, last);
+    case 3: return pair_tile<M, 3>(left, step, panel, pairs, out, ld_out, last);
+    default: return pair_tile<M, 4>(left, step, panel, pairs, out, ld_out, last);
   }
 }
 
-// The same for `rows` of up to LEFT rows and `columns` of up to BLOCK columns.
+// The same for `rows` of up to TALL rows and `columns` of up to WIDE columns.
 template <class T, class C>
 void pair_tiles(Size rows, const T* const* left, Size step, const Pair* panel, Size pairs,
                 Size columns, C* out, Size ld_out) {
@@ -87,8 +89,6 @@ void pair_tiles(Size rows, const T* const* left, Size step, const Pair* panel, S
     case 4: return pair_tiles_of_rows<4>(left, step, panel, pairs, columns, out, ld_out);
     case 5: return pair_tiles_of_rows<5>(left, step, panel, pairs, columns, out, ld_out);
     case 6: return pair_tiles_of_rows<6>(left, step, panel, pairs, columns, out, ld_out);
-    case 7: return pair_tiles_of_rows<7>(left, step, panel, pairs, columns, out, ld_out);
-    case 8: return pair_tiles_of_rows<8>(left, step, panel, pairs, columns, out, ld_out);
   }
 }
 
@@ -119,7 +119,7 @@ inline void transposed(__m512i* row) {
   }
 }
 
-// The panel of up to BLOCK weights whose rows run along the sum, of even depth.
+// The panel of up to WIDE weights whose rows run along the sum, of even depth.
 inline void panel_of_rows(const bfloat16* weight, Size ld, Size count, Size depth, Pair* panel) {
   for (Size c = 0; c < count; c += LANES)
     for (Size k = 0; k < depth / 2; k += LANES) {
@@ -130,7 +130,7 @@ inline void panel_of_rows(const bfloat16* weight, Size ld, Size count, Size dept
         rows[i] = c + i < count ? _mm512_maskz_loadu_epi32(mask, weight + (c + i) * ld + 2 * k)
                                 : _mm512_setzero_si512();
       transposed(rows);
-      for (Size i = 0; i < some; ++i) _mm512_storeu_si512(panel + (k + i) * BLOCK + c, rows[i]);
+      for (Size i = 0; i < some; ++i) _mm512_storeu_si512(panel + (k + i) * WIDE + c, rows[i]);
     }
 }
 
@@ -150,45 +150,37 @@ inline __m512i paired(const bfloat16* first, const bfloat16* second, Size count)
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// The panel of up to BLOCK columns of `depth` rows, an even number.
+// The panel of up to WIDE columns of `depth` rows, an even number.
 inline void panel_of_columns(const bfloat16* weight, Size ld, Size count, Size depth, Pair* panel) {
   for (Size k = 0; k < depth; k += 2)
     for (Size c = 0; c < count; c += LANES)
       _mm512_storeu_si512(
-          panel + k / 2 * BLOCK + c,
+          panel + k / 2 * WIDE + c,
           paired(weight + k * ld + c, weight + (k + 1) * ld + c, std::min<Size>(count - c, LANES)));
 }
 
-// Rows of some experts as panels for a sum over rows: pairs of neighbouring rows, `width` columns
+// Rows of some experts as panels for a sum over rows: pairs of neighbouring rows, WIDTH columns
 // wide. An odd last row of an expert stands beside zeros.
+template <Size WIDTH>
 struct Panels {
   Pair* data;
-  Size width, blocks;
+  Size blocks;
   const Size* start;            // first row of each expert
   Size first_row, first_expert; // where those that are held begin
 
-  static std::unique_ptr<Pair[]> room(Size rows, Size experts, Size columns, Size width) {
+  static Room<Pair> room(Size rows, Size experts, Size columns) {
     const Size pairs = rows / 2 + experts + 1;
-    return std::unique_ptr<Pair[]>(new Pair[pairs * ceil_div(columns, width) * width]);
+    return Room<Pair>(pairs * ceil_div(columns, WIDTH) * WIDTH);
   }
 
   Size pairs(Size e) const { return (start[e + 1] - start[e] + 1) / 2; }
   Pair* panel(Size e, Size block) const {
     const Size before = (start[e] - first_row) / 2 + e - first_expert;  // or a few fewer
-    return data + (before * blocks + block * pairs(e)) * width;
+    return data + (before * blocks + block * pairs(e)) * WIDTH;
   }
-  // 16 columns from `column` on, of pair `p` of an expert; a column of a left panel may be any
-  // multiple of LEFT, of a right one of LANES.
+  // LANES columns from `column` on, a multiple of LANES, of pair `p` of an expert.
   void put(Size e, Size p, Size column, __m512i values) const {
-    const Size block = column / width;
-    if (width == LEFT) {
-      _mm256_storeu_si256((__m256i*)(panel(e, block) + p * LEFT), _mm512_castsi512_si256(values));
-      if (block + 1 < blocks)
-        _mm256_storeu_si256((__m256i*)(panel(e, block + 1) + p * LEFT),
-                            _mm512_extracti64x4_epi64(values, 1));
-    } else {
-      _mm512_storeu_si512(panel(e, block) + p * width + column % width, values);
-    }
+    _mm512_storeu_si512(panel(e, column / WIDTH) + p * WIDTH + column % WIDTH, values);
   }
 };
 

@@ -58,31 +58,26 @@ void each_block(const Groups& groups, Size size, Size width, Step step) {
   }
 }
 
-// Up to BLOCK weights of an expert, whose rows run along the sum, as its number of rows calls for.
+// Up to a BLOCK of weights of an expert, whose rows run along the sum, as its number of rows calls for.
 template <class T>
 class Weights {
  public:
-  // Rows that are multiplied at once, at most.
-  static constexpr int MOST = ROWS > DOT_ROWS ? ROWS : DOT_ROWS;
-
-  Weights(Room& room, const T* weight, Size ld, Size count, Size depth, Size rows)
+  Weights(Panel& memory, const T* weight, Size ld, Size count, Size depth, Size rows)
       : weight_(weight), ld_(ld), count_(count), depth_(depth) {
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<T, bfloat16>)
       if (rows >= PAIRED_ROWS && depth % 2 == 0) {
-        Pair* panel = room.pairs(depth / 2 * BLOCK);
+        Pair* panel = memory.pairs(depth / 2 * WIDE);
         panel_of_rows(weight, ld, count, depth, panel);
         panel_ = panel;
       }
 #endif
   }
 
-  Size at_once() const { return panel_ ? ROWS : DOT_ROWS; }
-
-  // The products of m rows, BLOCK places a row.
+  // The products of m rows, DOT_ROWS at most, BLOCK places a row.
   void multiply(Size m, const T* const* rows, float* out) const {
 #if defined(__AVX512BF16__)
-    if (panel_) return pair_tiles(m, rows, 1, panel_, depth_ / 2, count_, out, BLOCK);
+    if (panel_) return pair_tiles(m, rows, 1, panel_, depth_ / 2, count_, out, WIDE);
 #endif
     dots_of<T>(int(m), rows, weight_, ld_, count_, depth_, out);
   }
@@ -93,27 +88,26 @@ class Weights {
   const std::uint32_t* panel_ = nullptr;
 };
 
-// rows Wᵀ: `finish(e, r, first, count, sums, sums_of_second)` gets BLOCK results or fewer of a row.
-// With `second` > 0, also those of the weights that lie so many rows further on.
+// rows Wᵀ: `finish(e, r, first, count, sums, sums_of_second)` gets a BLOCK of results or fewer of a
+// row. With `second` > 0, also those of the weights that lie so many rows further on.
 template <class T, class Row, class Finish>
 void products(const Groups& groups, Row row, const Stack<T>& weight, Size columns, Size second,
               Size depth, Finish finish) {
-  Room room, second_room;
-  each_block(groups, columns, BLOCK, [&](Size e, Size first, Size last) {
-    constexpr int MOST = Weights<T>::MOST;
+  Panel memory, second_memory;
+  each_block(groups, columns, BLOCK<T>, [&](Size e, Size first, Size last) {
     const Size count = last - first, all = groups.rows(e);
-    const Weights<T> weights(room, weight.row(e, first), weight.ld, count, depth, all);
-    const Weights<T> others(second_room, weight.row(e, first + second), weight.ld,
+    const Weights<T> weights(memory, weight.row(e, first), weight.ld, count, depth, all);
+    const Weights<T> others(second_memory, weight.row(e, first + second), weight.ld,
                             second ? count : 0, depth, all);
-    float out[MOST * BLOCK], out_second[MOST * BLOCK];
-    for (Size r = groups.start[e]; r < groups.start[e + 1]; r += weights.at_once()) {
-      const Size m = std::min(groups.start[e + 1] - r, weights.at_once());
-      const T* rows[MOST];
+    float out[DOT_ROWS * BLOCK<T>], out_second[DOT_ROWS * BLOCK<T>];
+    for (Size r = groups.start[e]; r < groups.start[e + 1]; r += DOT_ROWS) {
+      const Size m = std::min<Size>(groups.start[e + 1] - r, DOT_ROWS);
+      const T* rows[DOT_ROWS];
       for (Size i = 0; i < m; ++i) rows[i] = row(r + i);
       weights.multiply(m, rows, out);
       if (second) others.multiply(m, rows, out_second);
       for (Size i = 0; i < m; ++i)
-        finish(e, r + i, first, count, out + i * BLOCK, out_second + i * BLOCK);
+        finish(e, r + i, first, count, out + i * BLOCK<T>, out_second + i * BLOCK<T>);
     }
   });
 }
@@ -140,7 +134,7 @@ template <class T>
 void weight_gradient(const Groups& groups, const float* left, Size height, const float* right,
                      Size columns, T* out) {
   const bool exact = sizeof(T) == sizeof(float);  // otherwise sums are not to be rounded on the way
-  each_block(groups, height, BLOCK, [&](Size e, Size first, Size last) {
+  each_block(groups, height, BLOCK<T>, [&](Size e, Size first, Size last) {
     const Size stop = groups.start[e + 1], step = exact ? TOKENS : groups.rows(e);
     T* to = out + e * height * columns;
     for (Size r = groups.start[e]; r < stop; r += step) {
@@ -167,35 +161,37 @@ void clear_unused(const Groups& groups, Size size, T* out) {
 
 #if defined(__AVX512BF16__)
 
-// `finish(e, r, m, first, count, sums)` gets BLOCK results or fewer of each of m rows W; rows are
-// LEFT or, at an expert's end, fewer.
+// `finish(e, r, m, first, count, sums)` gets WIDE results or fewer of each of m rows W; rows are
+// TALL, an even number, or, at an expert's end, fewer.
 template <class Row, class Finish>
 void paired_back_products(const Groups& groups, Row row, const Stack<bfloat16>& weight,
                           Size columns, Size depth, Finish finish) {
-  Room room;
-  each_block(groups, columns, BLOCK, [&](Size e, Size first, Size last) {
-    Pair* panel = room.pairs(depth / 2 * BLOCK);
+  Panel memory;
+  each_block(groups, columns, WIDE, [&](Size e, Size first, Size last) {
+    Pair* panel = memory.pairs(depth / 2 * WIDE);
     panel_of_columns(weight.row(e, 0) + first, weight.ld, last - first, depth, panel);
-    float out[LEFT * BLOCK];
-    for (Size r = groups.start[e]; r < groups.start[e + 1]; r += LEFT) {
-      const Size m = std::min<Size>(groups.start[e + 1] - r, LEFT);
-      const bfloat16* rows[LEFT];
+    float out[TALL * WIDE];
+    for (Size r = groups.start[e]; r < groups.start[e + 1]; r += TALL) {
+      const Size m = std::min<Size>(groups.start[e + 1] - r, TALL);
+      const bfloat16* rows[TALL];
       for (Size i = 0; i < m; ++i) rows[i] = row(r + i);
-      pair_tiles(m, rows, 1, panel, depth / 2, last - first, out, BLOCK);
+      pair_tiles(m, rows, 1, panel, depth / 2, last - first, out, WIDE);
       finish(e, r, m, first, last - first, out);
     }
   });
 }
 
 // Rows as panels.
-template <class Row>
-void put_rows(const Groups& groups, Row row, Size columns, const Panels& panels) {
+template <class Row, Size WIDTH>
+void put_rows(const Groups& groups, Row row, Size columns, const Panels<WIDTH>& panels) {
   constexpr Size PARTS = 8;  // of an expert's rows
 #pragma omp for schedule(dynamic)
   for (Size item = 0; item < groups.used_count * PARTS; ++item) {
     const Size e = groups.used[item / PARTS], part = item % PARTS, pairs = panels.pairs(e);
     for (Size p = part * pairs / PARTS; p < (part + 1) * pairs / PARTS; ++p) {
       const Size r = groups.start[e] + 2 * p;
+      for (Size ahead = r + 2; ahead < std::min(r + 4, groups.start[e + 1]); ++ahead)
+        fetch(row(ahead), columns);
       const bfloat16* first = row(r);
       const bfloat16* second = r + 1 < groups.start[e + 1] ? row(r + 1) : nullptr;
       for (Size c = 0; c < columns; c += LANES)
@@ -207,17 +203,19 @@ void put_rows(const Groups& groups, Row row, Size columns, const Panels& panels)
 }
 
 // out[e] = leftᵀ right over the rows of each expert that has some.
-void paired_weight_gradient(const Groups& groups, const Panels& left, Size height,
-                            const Panels& right, Size columns, bfloat16* out) {
-  each_block(groups, height, BLOCK, [&](Size e, Size first, Size last) {
+void paired_weight_gradient(const Groups& groups, const Panels<LEFT>& left, Size height,
+                            const Panels<WIDE>& right, Size columns, bfloat16* out) {
+  each_block(groups, height, WIDE, [&](Size e, Size first, Size last) {
     bfloat16* to = out + e * height * columns;
-    for (Size c = 0; c < columns; c += BLOCK)
-      for (Size o = first; o < last; o += LEFT) {
-        const Pair* rows[LEFT];
-        for (Size i = 0; i < LEFT; ++i) rows[i] = left.panel(e, o / LEFT) + i;
-        pair_tiles(std::min<Size>(last - o, LEFT), rows, LEFT, right.panel(e, c / BLOCK),
-                   right.pairs(e), std::min<Size>(columns - c, BLOCK), to + o * columns + c,
-                   columns);
+    for (Size c = 0; c < columns; c += WIDE)
+      for (Size o = first, some; o < last; o += some) {
+        // The rows of a left panel in tiles of about as many.
+        const Size rest = std::min(last - o, LEFT - o % LEFT);
+        some = ceil_div(rest, ceil_div(rest, TALL));
+        const Pair* rows[TALL];
+        for (Size i = 0; i < some; ++i) rows[i] = left.panel(e, o / LEFT) + o % LEFT + i;
+        pair_tiles(some, rows, LEFT, right.panel(e, c / WIDE), right.pairs(e),
+                   std::min<Size>(columns - c, WIDE), to + o * columns + c, columns);
       }
   });
 }

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -30,7 +31,6 @@ constexpr int TILE = 12;  // of 16
 #endif
 constexpr int ROWS = TILE / 3;      // rows of a tile
 constexpr int DOT_ROWS = TILE / 4;  // rows of a block of dots
-constexpr int BLOCK = 48;           // results a row that an item of work holds in the cache
 constexpr Size DEPTH = 64;          // of a sum, between two visits of its result
 constexpr Size TOKENS = 128;        // the same for weight gradients
 constexpr Size CHUNK = 512;         // results a row in an item of work of `tile`
@@ -43,6 +43,35 @@ typedef std::uint16_t Halves __attribute__((vector_size(LANES * 2)));
 struct bfloat16 {
   std::uint16_t bits;
 };
+
+// Results a row that an item of work holds in the cache, by the type of the weights.
+template <class T>
+constexpr Size BLOCK = 48;
+#if defined(__AVX512BF16__)
+template <>
+constexpr Size BLOCK<bfloat16> = 64;
+#endif
+
+// Room for `count` values that starts where a line of the cache does.
+template <class T>
+class Room {
+ public:
+  explicit Room(Size count = 0) : lines_(new Line[ceil_div(count, PER_LINE)]) {}
+  T* get() const { return lines_[0].values; }
+
+ private:
+  static constexpr Size PER_LINE = 64 / sizeof(T);
+  struct alignas(64) Line {
+    T values[PER_LINE];
+  };
+  std::unique_ptr<Line[]> lines_;
+};
+
+// Asks for `size` values that will be read soon.
+template <class T>
+inline void fetch(const T* from, Size size) {
+  for (Size i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+}
 
 Vector splat(float value) { return Vector{} + value; }
 
@@ -229,14 +258,14 @@ inline void dots(const T* const* rows, const T* weight, Size ld, Size depth, flo
   }
   for (int m = 0; m < M; ++m) {
     if constexpr (V % 4 == 0) {
-      for (int v = 0; v < V; v += 4) sums(total[m] + v, out + m * BLOCK + v);
+      for (int v = 0; v < V; v += 4) sums(total[m] + v, out + m * BLOCK<T> + v);
     } else {
-      for (int v = 0; v < V; ++v) out[m * BLOCK + v] = sum(total[m][v]);
+      for (int v = 0; v < V; ++v) out[m * BLOCK<T> + v] = sum(total[m][v]);
     }
   }
 }
 
-// The dots of M rows with `count` weights, at most BLOCK of them.
+// The dots of M rows with `count` weights, at most a BLOCK of them.
 template <int M, class T>
 void dots_of_rows(const T* const* rows, const T* weight, Size ld, Size count, Size depth,
                   float* out) {
