@@ -354,6 +354,20 @@ int moekit_has_pairs(Size width, Size hidden, Size out_width) {
 #endif
 }
 
+// The order that sorts ids below `size`, of equal ids the first first, and how many there are of
+// each. The first id that is not one of them ends it, and 1 is returned.
+int moekit_sort_ids(Size count, const Size* ids, Size size, Size* order, Size* counts) {
+  std::fill(counts, counts + size, 0);
+  for (Size i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= size) return 1;
+    ++counts[ids[i]];
+  }
+  const Room<Size> next(size);
+  std::exclusive_scan(counts, counts + size, next.get(), Size(0));
+  for (Size i = 0; i < count; ++i) order[next.get()[ids[i]]++] = i;
+  return 0;
+}
+
 // Whether the CPU has matrix units, which other libraries use for bfloat16 and these kernels do not.
 int moekit_has_matrix_units() {
 #if defined(__AMX_BF16__)

@@ -13,6 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from moekit.cache import cached, default_cache
 from moekit.errors import OutputError
 
@@ -69,6 +72,25 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def sorted_ids(ids: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
+    """The order that sorts ids (R,) of ``0 … size - 1``, stable, and how often each occurs (size,).
+
+    None where this process has not loaded the kernels: nothing is compiled for this alone.
+
+    Raises:
+        IndexError: an id is not one of them.
+    """
+    kernels = library() if library.cache_info().currsize else None
+    if kernels is None or ids.dtype != torch.int64:
+        return None
+    ids = ids.contiguous()
+    order, counts = torch.empty_like(ids), torch.empty(size, dtype=torch.int64)
+    pointers = ids.data_ptr(), size, order.data_ptr(), counts.data_ptr()
+    if kernels.moekit_sort_ids(len(ids), *pointers):
+        raise IndexError(f"an id is not one of 0 to {size - 1}")
+    return order, counts
+
+
 def _compiler() -> str | None:
     if sys.platform != "linux":
         return None
@@ -108,5 +130,7 @@ def _opened(path: Path) -> ctypes.CDLL:
             function: Any = getattr(found, f"moekit_{name}_{dtype}")
             function.argtypes, function.restype = [ctypes.POINTER(Call)], None
     found.moekit_runs_in_pairs.argtypes = [ctypes.POINTER(Call)]
+    size, data = ctypes.c_int64, ctypes.c_void_p
+    found.moekit_sort_ids.argtypes = [size, data, size, data, data]
     found.moekit_has_pairs.argtypes = [ctypes.c_int64] * 3
     return found

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moekit.dispatch.native_library import sorted_ids
 from moekit.experts.groups import PaddedGroups, RowGroups
-from moekit.routing.ids import count_ids, sort_ids
+from moekit.routing.ids import count_ids, is_here, sort_ids
 from moekit.routing.routing import Routing
 
 
@@ -117,9 +118,7 @@ def plan_rows(
     the ranges cover every expert.
     """
     experts = sum(stop - start for start, stop in ranges)
-    local = _local_ids(routing, ranges, experts).flatten()
-    order = sort_ids(local, experts + 1)
-    count_E = count_ids(local, experts + 1)[:experts]
+    order, count_E = _by_expert(_local_ids(routing, ranges, experts).flatten(), experts)
     every = routing.full and experts == routing.experts
     assignment_R = order if every else order[: int(count_E.sum())]
     return Plan(assignment_R, routing.weight_NK, groups(count_E), every)
@@ -133,8 +132,7 @@ def plan_places(routing: Routing, ranges: list[tuple[int, int]], places: int) ->
     """
     experts = sum(stop - start for start, stop in ranges)
     local = _local_ids(routing, ranges, experts).flatten()
-    count_E = count_ids(local, experts + 1)[:experts]
-    order = sort_ids(local, experts + 1)
+    order, count_E = _by_expert(local, experts)
     start_E = count_E.cumsum(0) - count_E
     place_C = torch.arange(places, device=local.device)
     taken_EC = place_C < count_E[:, None]
@@ -144,6 +142,13 @@ def plan_places(routing: Routing, ranges: list[tuple[int, int]], places: int) ->
     assignment_EC = torch.where(taken_EC, source[row_EC], empty)
     groups = PaddedGroups(count_E, places)
     return Plan(assignment_EC.flatten(), routing.weight_NK, groups, every=False)
+
+
+def _by_expert(local: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The order that sorts assignments by local id, stable, and the rows of each expert."""
+    found = sorted_ids(local, experts + 1) if is_here(local) else None
+    order, count = found or (sort_ids(local, experts + 1), count_ids(local, experts + 1))
+    return order, count[:experts]
 
 
 def _local_ids(routing: Routing, ranges: list[tuple[int, int]], experts: int) -> Tensor:

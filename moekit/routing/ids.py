@@ -19,14 +19,14 @@ def count_ids(ids: Tensor, size: int) -> Tensor:
 
     ``torch.bincount`` would read the largest id back from a device; this reads nothing.
     """
-    if _is_here(ids):
+    if is_here(ids):
         return ids.bincount(minlength=size)
     return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def sort_ids(ids: Tensor, size: int) -> Tensor:
     """The order that sorts ``ids`` of ``0 … size - 1``, of equal ids the first first, int64."""
-    if _is_here(ids) and size <= MOST_PLACES:
+    if is_here(ids) and size <= MOST_PLACES:
         small = ids.numpy().astype(np.uint8 if size <= 2**8 else np.uint16)
         return torch.from_numpy(np.argsort(small, kind="stable"))
     return ids.argsort(stable=True)
@@ -47,7 +47,7 @@ def queue_positions(place_R: Tensor, order_R: Tensor, places: int) -> Tensor:
     return torch.empty_like(rank_R).scatter_(0, by_place_R, rank_R)
 
 
-def _is_here(ids: Tensor) -> bool:
+def is_here(ids: Tensor) -> bool:
     """Whether the numbers can be looked at: on the CPU, and not while operations are traced."""
     traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
     return ids.device.type == "cpu" and type(ids) is Tensor and not traced

@@ -39,6 +39,7 @@ LARGER = {
         tokens=333, experts=6, k=1, width=146, hidden=112, one_takes_all=True, unused=0.5
     ),
     "in pairs, several runs": Problem(tokens=1500, experts=9, k=3, width=34, hidden=80, seed=5),
+    "in pairs, whole blocks": Problem(tokens=260, experts=2, width=128, hidden=192, seed=6),
     "one wide row an expert": Problem(tokens=4, experts=16, k=1, width=1030, hidden=520, seed=3),
 }
 EVERY_DTYPE = pytest.mark.parametrize(
@@ -202,6 +203,28 @@ def test_which_backward_passes_run_in_pairs(name: str, monkeypatch: pytest.Monke
     results(LARGER[name], torch.bfloat16, "cpu", Native())
     wanted = name.startswith("in pairs") or name == "widths of whole vectors"
     assert found == [wanted]
+
+
+@needs_kernels
+@EVERY_DTYPE
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_gates_of_any_size(tokens: int, dtype: torch.dtype) -> None:
+    """From where the sigmoid is 0 or 1 to rounding to where e to the power overflows, and NaN."""
+    problem = Problem(tokens=tokens, experts=1, k=1, width=2, hidden=16)
+    gate_N = torch.cat([torch.linspace(-120, 120, tokens - 1), torch.tensor([float("nan")])])
+    x_ND = torch.stack([gate_N, torch.ones(tokens)], dim=1).to(dtype)
+    up_JD = torch.zeros(32, 2)
+    up_JD[:16, 0], up_JD[16:, 1] = 1.0, 1.0  # every gate is the token's number, every up is 1
+    down_OH = torch.zeros(2, 16)
+    down_OH[0, 3], down_OH[1, 15] = 1.0, 1.0
+    _, _, bank = problem.inputs(dtype, "cpu")
+    held = replace(bank, up_EJD=up_JD[None].to(dtype), down_EOH=down_OH[None].to(dtype))
+    plan = problem.plan(torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1).to(dtype))
+    y_NO = feed_forward(x_ND, plan, held, Native())
+    gate_N = x_ND[:, 0].double()
+    wanted_NO = torch.nn.functional.silu(gate_N)[:, None].expand(tokens, 2)
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(y_NO.double(), wanted_NO, rtol=rtol, atol=1e-6, equal_nan=True)
 
 
 @needs_pairs
