@@ -126,6 +126,7 @@ inline void panel_of_rows(const bfloat16* weight, Size ld, Size count, Size dept
       const Size some = std::min<Size>(depth / 2 - k, LANES);
       const __mmask16 mask = __mmask16((1u << some) - 1);
       __m512i rows[16];
+      for (int i = 0; i < LANES; ++i) __builtin_prefetch(weight + (c + LANES + i) * ld + 2 * k);
       for (int i = 0; i < LANES; ++i)
         rows[i] = c + i < count ? _mm512_maskz_loadu_epi32(mask, weight + (c + i) * ld + 2 * k)
                                 : _mm512_setzero_si512();
@@ -152,11 +153,15 @@ inline __m512i paired(const bfloat16* first, const bfloat16* second, Size count)
 
 // The panel of up to WIDE columns of `depth` rows, an even number.
 inline void panel_of_columns(const bfloat16* weight, Size ld, Size count, Size depth, Pair* panel) {
-  for (Size k = 0; k < depth; k += 2)
+  constexpr Size AHEAD = 32;  // rows
+  for (Size k = 0; k < depth; k += 2) {
+    fetch(weight + (k + AHEAD) * ld, count);
+    fetch(weight + (k + AHEAD + 1) * ld, count);
     for (Size c = 0; c < count; c += LANES)
       _mm512_storeu_si512(
           panel + k / 2 * WIDE + c,
           paired(weight + k * ld + c, weight + (k + 1) * ld + c, std::min<Size>(count - c, LANES)));
+  }
 }
 
 // Rows of some experts as panels for a sum over rows: pairs of neighbouring rows, WIDTH columns

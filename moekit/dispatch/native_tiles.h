@@ -243,7 +243,10 @@ inline void dots(const T* const* rows, const T* weight, Size ld, Size depth, flo
   Size k = 0;
   for (; k + S::WIDTH <= depth; k += S::WIDTH) {
     typename S::Operand w[V];
-    for (int v = 0; v < V; ++v) w[v] = S::take(weight + v * ld + k);
+    for (int v = 0; v < V; ++v) {
+      if constexpr (M >= 4) __builtin_prefetch(weight + (v + V) * ld + k);
+      w[v] = S::take(weight + v * ld + k);
+    }
     for (int m = 0; m < M; ++m) {
       const typename S::Operand row = S::take(rows[m] + k);
       for (int v = 0; v < V; ++v) total[m][v] = S::add(total[m][v], row, w[v]);
