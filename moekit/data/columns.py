@@ -49,7 +49,7 @@ class Columns:
                 return name
         raise DataError(
             f"{where} has no column {', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]}; name the "
-            f"text column, which can be {_listed(available)}"
+            f"text column, which can be {_listed(available)}{_of_pairs(available)}"
         )
 
     def group_in(self, available: Sequence[str], where: str) -> str | None:
@@ -59,6 +59,13 @@ class Columns:
     def split_in(self, available: Sequence[str], where: str) -> str | None:
         """The split column among ``available``, whose values may yet prove to be no splits."""
         return _optional(self.split, "split", available, where)
+
+
+def _of_pairs(available: Sequence[str]) -> str:
+    """What to say where the columns are those of examples and not of documents."""
+    if {"prompt", "completion"} <= set(available) or "messages" in available:
+        return "; examples of prompts and answers are read by `moekit adapt --completions`"
+    return ""
 
 
 def documents_from_rows(

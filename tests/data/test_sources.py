@@ -245,6 +245,8 @@ def test_parquet_of_dictionary_strings_and_nulls(tmp_path: Path) -> None:
     ("row", "columns", "said"),
     [
         ({"prose": "x", "id": 1}, {}, "prose, id"),
+        ({"prompt": "x", "completion": "y"}, {}, "are read by `moekit adapt --completions`"),
+        ({"messages": [{"role": "user", "content": "x"}]}, {}, "adapt --completions"),
         ({"text": "x", "id": 1}, {"text_column": "txt"}, "did you mean text?"),
         ({"text": "x", "id": 1}, {"group_column": "genre"}, "has no column 'genre'; it has text"),
         ({"text": "x", "id": 1}, {"split_column": "part"}, "has no column 'part'; it has text"),
