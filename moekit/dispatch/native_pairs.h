@@ -126,7 +126,8 @@ inline void panel_of_rows(const bfloat16* weight, Size ld, Size count, Size dept
       const Size some = std::min<Size>(depth / 2 - k, LANES);
       const __mmask16 mask = __mmask16((1u << some) - 1);
       __m512i rows[16];
-      for (int i = 0; i < LANES; ++i) __builtin_prefetch(weight + (c + LANES + i) * ld + 2 * k);
+      for (int i = LANES; i < 2 * LANES; ++i)  // the next ones
+        __builtin_prefetch(weight + (c + i) * ld + 2 * k);
       for (int i = 0; i < LANES; ++i)
         rows[i] = c + i < count ? _mm512_maskz_loadu_epi32(mask, weight + (c + i) * ld + 2 * k)
                                 : _mm512_setzero_si512();

@@ -58,7 +58,8 @@ void each_block(const Groups& groups, Size size, Size width, Step step) {
   }
 }
 
-// Up to a BLOCK of weights of an expert, whose rows run along the sum, as its number of rows calls for.
+// Up to a BLOCK of weights of an expert, whose rows run along the sum, as its number of rows calls
+// for.
 template <class T>
 class Weights {
  public:

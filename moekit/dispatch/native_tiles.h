@@ -244,7 +244,7 @@ inline void dots(const T* const* rows, const T* weight, Size ld, Size depth, flo
   for (; k + S::WIDTH <= depth; k += S::WIDTH) {
     typename S::Operand w[V];
     for (int v = 0; v < V; ++v) {
-      if constexpr (M >= 4) __builtin_prefetch(weight + (v + V) * ld + k);
+      if constexpr (M >= 4) __builtin_prefetch(weight + (v + V) * ld + k);  // the next ones
       w[v] = S::take(weight + v * ld + k);
     }
     for (int m = 0; m < M; ++m) {
