@@ -154,7 +154,7 @@ def _lead(about: Measured) -> str:
     return (
         f"{len(extent['seeds'])} seeds of {extent['calibration']} calibration blocks of 256 "
         f"tokens; up to {extent['blocks']} held-out blocks and {extent['items']} items of each "
-        f"domain; {where['device']}, {where['threads']} threads, torch {where['torch']}, "
+        f"domain; {where['device']}, threads: {where['threads']}, torch {where['torch']}, "
         f"transformers {where['transformers']}. Each model is one training run, so the spread is "
         "that of the calibration data alone."
     )
