@@ -16,6 +16,7 @@ from torch import nn
 from moekit.cli import options as opt
 from moekit.cli.checkpoint import load_model, require_vocabulary
 from moekit.cli.progress import StudyBars
+from moekit.cli.result import require_place
 from moekit.compare.record import write_json
 from moekit.data import ProgressHook, TextData, load_tokenizer, prepare
 from moekit.errors import SpecError
@@ -116,7 +117,7 @@ def prune_command(
     ):
         if value < least:
             raise SpecError(f"{name} is {value}; wanted at least {least}")
-    opt.require_writable(output.parent)
+    require_place(output)
     files = {str(path): read_choices(path) for path in choices or []}
     folder = local_folder(checkpoint)
     source_config = Checkpoint(folder).config  # a damaged file is named before any text is read

@@ -15,6 +15,7 @@ from moekit.cli import options as opt
 from moekit.cli.checkpoint import require_vocabulary
 from moekit.cli.progress import StudyBars
 from moekit.cli.prune import setting_of
+from moekit.cli.result import require_place
 from moekit.compare.record import write_json
 from moekit.data import TextData, load_tokenizer, prepare
 from moekit.errors import SpecError
@@ -154,7 +155,7 @@ def unlearn_command(
     )
     if held_out < 1:
         raise SpecError(f"--held-out is {held_out}; wanted at least 1")
-    opt.require_writable(output.parent)
+    require_place(output)
     folder = local_folder(checkpoint)
     source_config = Checkpoint(folder).config  # a damaged file is named before any text is read
     if tokenizer is not None:

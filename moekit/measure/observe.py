@@ -107,7 +107,7 @@ def token_batches(
     """The blocks of a data set in order, ``batch_size`` at a time.
 
     Raises:
-        SpecError: no block is to be in a batch, or fewer batches than none wanted.
+        SpecError: ``batch_size`` is below 1, or ``max_batches`` below 0.
     """
     for indices in batch_indices(len(dataset), batch_size, max_batches):
         yield _collate(dataset, indices, device)

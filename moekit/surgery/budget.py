@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -65,9 +66,9 @@ class Budget(Spec):
             _check_count(view, count, reroutes)
         return counts
 
-    def allows(self, model: BlockwiseModel, reroutes: bool, counts: Sequence[int]) -> bool:
+    def allows(self, sizes: StoredSizes, reroutes: bool, counts: Sequence[int]) -> bool:
         """Whether these experts of the MoE blocks fit into the bytes, where bytes are given."""
-        return self.bytes is None or StoredSizes.of(model).after(counts, reroutes) <= self.bytes
+        return self.bytes is None or sizes.after(counts, reroutes) <= self.bytes
 
     def _within_bytes(
         self, model: BlockwiseModel, blocks: Sequence[BlockView], reroutes: bool
@@ -156,25 +157,26 @@ def spread(
         return list(counts)
     require_spreadable(method, blocks)
     least = [1 if method.reroutes else view.rule.smallest for view in blocks]
+    beyond = _by_importance(method, least, statistics)
     for total in range(sum(counts), sum(least) - 1, -1):
-        found = _by_importance(method, total, least, statistics)
+        more = Counter(beyond[: total - sum(least)])
+        found = [minimum + more[place] for place, minimum in enumerate(least)]
         if fits(found):
             return found
     raise SpecError("no allocation by importance is small enough; set allocation to uniform")
 
 
 def _by_importance(
-    method: Method, total: int, least: Sequence[int], statistics: Sequence[BlockStatistics]
+    method: Method, least: Sequence[int], statistics: Sequence[BlockStatistics]
 ) -> list[int]:
-    """``least`` for each block, and the rest of the total to the most important experts."""
+    """The block of each expert beyond the ``least`` of its block, the most important first."""
     ranked = []
     for place, (stats, minimum) in enumerate(zip(statistics, least, strict=True)):
         score_E = method.importance(stats).double()
         share_E = score_E / score_E.sum().clamp_min(torch.finfo(torch.float64).tiny)
         rest = share_E.sort(descending=True).values[minimum:]
         ranked += [(-float(share), place) for share in rest]
-    chosen = sorted(ranked)[: total - sum(least)]
-    return [minimum + sum(p == place for _, p in chosen) for place, minimum in enumerate(least)]
+    return [place for _, place in sorted(ranked)]
 
 
 def require_spreadable(method: Method, blocks: Sequence[BlockView]) -> None:

@@ -20,7 +20,7 @@ from moekit.errors import CheckpointError, SpecError
 from moekit.measure.observe import TokenBlocks
 from moekit.surgery.apply import needs_own_class, pruned_model, write_pruned
 from moekit.surgery.blockwise import BlockwiseModel
-from moekit.surgery.budget import Budget, require_spreadable, spread
+from moekit.surgery.budget import Budget, StoredSizes, require_spreadable, spread
 from moekit.surgery.checkpoint import Checkpoint, local_folder
 from moekit.surgery.evaluate import Evaluation, evaluate
 from moekit.surgery.methods import Method
@@ -147,9 +147,8 @@ def prune(
     statistics = record(
         source, calibration, method.needs, max_batches=max_batches, work=work, seed=seed, **settings
     )
-    counts = spread(
-        method, counts, views, statistics, partial(budget.allows, model, method.reroutes)
-    )
+    fits = partial(budget.allows, StoredSizes.of(model), method.reroutes)
+    counts = spread(method, counts, views, statistics, fits)
     own_class = needs_own_class(source.config, counts, method.reroutes and _removes(counts, views))
     planner = _Planner(method, counts, statistics)
     made = work / "result"
