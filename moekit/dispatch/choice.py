@@ -49,7 +49,7 @@ class Choice:
 
     def __init__(self, name: BackendName = "auto") -> None:
         self.name = name
-        self._logged: set[str] = set()
+        self._logged: set[tuple[str, str, torch.dtype]] = set()
 
     @property
     def groups(self) -> type[RowGroups]:
@@ -82,10 +82,10 @@ class Choice:
         return _BY_NAME[self.name]()
 
     def _log(self, found: Backend, x_ND: Tensor) -> None:
-        line = f"experts run through {found.name} ({x_ND.device.type}, {x_ND.dtype})"
-        if line not in self._logged:
-            self._logged.add(line)
-            logger.info(line)
+        chosen = (found.name, x_ND.device.type, x_ND.dtype)
+        if chosen not in self._logged:
+            self._logged.add(chosen)
+            logger.info("experts run through %s (%s, %s)", *chosen)
 
 
 def _asked_native(x_ND: Tensor, bank: FeedForward) -> Backend:
@@ -139,7 +139,7 @@ def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend:
     if x_ND.device.type != "cpu":
         return Grouped()
     experts, inner, width = bank.up_EJD.shape
-    rows = len(plan.assignment_R)
+    rows = plan.assignment_R.shape[0]
     rows_an_expert = rows / max(1, min(rows, experts))
     whole = x_ND.dtype in (torch.float32, torch.float64)
     training = _training(x_ND, bank)
@@ -154,11 +154,11 @@ def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend:
 
 
 def _training(x_ND: Tensor, bank: FeedForward) -> bool:
-    tensors = (x_ND, *bank.tensors)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in (x_ND, *bank.tensors))
 
 
 def _plain(x_ND: Tensor, bank: FeedForward) -> bool:
-    tensors = [t for t in (x_ND, *bank.tensors) if t is not None]
-    kinds = (Tensor, torch.nn.Parameter)
-    return not x_ND.is_meta and all(type(t) in kinds for t in tensors)
+    kinds = (Tensor, torch.nn.Parameter, type(None))
+    return not x_ND.is_meta and all(type(t) in kinds for t in (x_ND, *bank.tensors))

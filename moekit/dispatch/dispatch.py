@@ -79,15 +79,17 @@ class Dispatch(nn.Module):
                 without a row hold zeros.
         """
         routing = self.limited(routing, experts)
-        parts, rows_E = [], routing.expert_NK.new_zeros(experts.dispatched)
-        if experts.dispatched:
+        parts, dispatched = [], experts.dispatched
+        if dispatched:
             plan = self.plan(routing, experts)
             if between is None:
                 parts.append(self._run(x_ND, plan, experts))
             else:
                 parts.append(_around(between, experts, plan.compact(), plan.gather(x_ND)))
             rows_E = self.rows(plan)
-        if experts.dispatched < len(experts.kinds):
+        else:
+            rows_E = routing.expert_NK.new_zeros(0)
+        if dispatched < len(experts.kinds):
             direct = experts.direct(x_ND, routing.dense_weight_NE())
             parts += [] if direct is None else [direct]
         y_ND = _sum(parts) if parts else x_ND.new_zeros(x_ND.shape[0], experts.out_width)

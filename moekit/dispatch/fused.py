@@ -35,14 +35,22 @@ def feed_forward(x_ND: Tensor, plan: Plan, bank: FeedForward, backend: Backend |
     """
     if backend is None:
         return composed(x_ND, plan, bank)
+    device = x_ND.device.type
+    if not torch.is_autocast_enabled(device):
+        return _feed_forward(x_ND, plan, bank, backend)
     x_ND, bank = autocast(x_ND), autocast_bank(bank)
-    inputs = (x_ND, plan.weight_NK, *bank.tensors)
-    with _without_autocast(x_ND):
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    with torch.autocast(device, enabled=False):
+        return _feed_forward(x_ND, plan, bank, backend)
+
+
+def _feed_forward(x_ND: Tensor, plan: Plan, bank: FeedForward, backend: Backend) -> Tensor:
+    if torch.is_grad_enabled():
+        inputs = (x_ND, plan.weight_NK, *bank.tensors)
+        if any(t is not None and t.requires_grad for t in inputs):
             call = _Call(backend, bank.activation, plan.groups, plan.every)
             return _FeedForward.apply(*inputs, plan.assignment_R, call)  # type: ignore[no-untyped-call]
-        y_NO, _ = backend.forward(x_ND, plan, bank, keep=False)
-        return y_NO
+    y_NO, _ = backend.forward(x_ND, plan, bank, keep=False)
+    return y_NO
 
 
 def composed(

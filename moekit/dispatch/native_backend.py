@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moekit.dispatch.backend import Backend, Gradients, Wanted, slot_gradient
 from moekit.dispatch.grouped import per_expert
-from moekit.dispatch.native_library import Call, library
+from moekit.dispatch.native_library import library, packed
 from moekit.dispatch.plan import Plan
 from moekit.experts.activation import GatedSiLU
 from moekit.experts.experts import FeedForward
@@ -59,10 +59,9 @@ class Native(Backend):
     def forward(
         self, x_ND: Tensor, plan: Plan, bank: FeedForward, keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        rows, inner = len(plan.assignment_R), bank.up_EJD.shape[1]
+        rows, inner = plan.assignment_R.shape[0], bank.up_EJD.shape[1]
         call = NativeCall(x_ND, plan, bank)
         kept = [call.room("inner_RJ", rows, inner, dtype=x_ND.dtype)] if keep else []
-        call.room("out_RO", rows, bank.out_width, dtype=x_ND.dtype)
         y_NO = call.room("y_NO", x_ND.shape[0], bank.out_width, dtype=x_ND.dtype)
         call.run("forward")
         return y_NO, kept
@@ -132,49 +131,53 @@ class NativeCall:
     """A call of the kernels while it is put together; holds what it points to."""
 
     def __init__(self, x_ND: Tensor, plan: Plan, bank: FeedForward) -> None:
+        up_EJD, down_EOH = bank.up_EJD, bank.down_EOH
         tokens, slots = plan.weight_NK.shape
-        experts, inner, width = bank.up_EJD.shape
-        rows = len(plan.assignment_R)
-        work = rows * inner * (width + bank.out_width)
+        experts, inner, width = up_EJD.shape
+        _, out_width, hidden = down_EOH.shape
+        rows = plan.assignment_R.shape[0]
+        up_expert, up_ld, _ = up_EJD.stride()
+        down_expert, down_ld, _ = down_EOH.stride()
+        work = rows * inner * (width + out_width)
         self.dtype = x_ND.dtype
-        self.fields = Call(
-            threads=1 if work < ONE_THREAD else torch.get_num_threads(),
-            tokens=tokens,
-            slots=slots,
-            rows=rows,
-            experts=experts,
-            width=width,
-            hidden=bank.down_EOH.shape[2],
-            out_width=bank.out_width,
-        )
         self._held: list[Tensor] = []
+        self.fields = {
+            "threads": 1 if work < ONE_THREAD else torch.get_num_threads(),
+            "tokens": tokens,
+            "slots": slots,
+            "rows": rows,
+            "experts": experts,
+            "width": width,
+            "hidden": hidden,
+            "out_width": out_width,
+            "up_expert": up_expert,
+            "up_ld": up_ld,
+            "down_expert": down_expert,
+            "down_ld": down_ld,
+        }
         self.give("count_E", plan.groups.count_E.contiguous())
         self.give("assignment_R", plan.assignment_R.contiguous())
         self.give("weight_NK", plan.weight_NK.float().contiguous())
         self.give_rows("x_ND", "x_ld", x_ND)
-        for name, weight in (("up_EJD", bank.up_EJD), ("down_EOH", bank.down_EOH)):
-            self.give(name, weight)
-            stem = name.split("_")[0]
-            setattr(self.fields, f"{stem}_expert", weight.stride(0))
-            setattr(self.fields, f"{stem}_ld", weight.stride(1))
-        for name, bias in (("up_bias_EJ", bank.up_bias_EJ), ("down_bias_EO", bank.down_bias_EO)):
-            if bias is not None:
-                self.give(name, bias.contiguous())
-        scratch = torch.empty(tokens * slots + 2 * experts + 1, dtype=torch.int64)
-        self.give("place_NK", scratch)
-        self.give("start_E", scratch[tokens * slots :])
-        self.give("used_E", scratch[tokens * slots + experts + 1 :])
+        self.give("up_EJD", up_EJD)
+        self.give("down_EOH", down_EOH)
+        if bank.up_bias_EJ is not None:
+            self.give("up_bias_EJ", bank.up_bias_EJ.contiguous())
+        if bank.down_bias_EO is not None:
+            self.give("down_bias_EO", bank.down_bias_EO.contiguous())
 
     def give(self, name: str, tensor: Tensor) -> None:
         """Set a field to where the tensor is."""
         self._held.append(tensor)
-        setattr(self.fields, name, tensor.data_ptr())
+        self.fields[name] = tensor.data_ptr()
 
     def give_rows(self, name: str, stride: str, rows: Tensor) -> None:
         """Set two fields to a matrix's data and the stride of its rows."""
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        step, within = rows.stride()
+        if within != 1:
+            rows, step = rows.contiguous(), rows.shape[1]
         self.give(name, rows)
-        setattr(self.fields, stride, rows.stride(0))
+        self.fields[stride] = step
 
     def room(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory for a result or a stage on the way to it."""
@@ -189,13 +192,14 @@ class NativeCall:
         are read.
         """
         if size >= ONE_THREAD_WRITES:
-            self.fields.threads = torch.get_num_threads()
+            self.fields["threads"] = torch.get_num_threads()
         if size >= FRESH:
-            self.fields.cleared = 2 * int((plan.groups.count_E > 0).sum()) < self.fields.experts
+            used = int((plan.groups.count_E > 0).sum())
+            self.fields["cleared"] = 2 * used < self.fields["experts"]
 
     def gradient(self, name: str, like: Tensor) -> Tensor:
         """Memory for a weight's gradient."""
-        if not self.fields.cleared:
+        if not self.fields.get("cleared"):
             return self.room(name, *like.shape, dtype=like.dtype)
         tensor = untouched(like)
         self.give(name, tensor)
@@ -203,15 +207,16 @@ class NativeCall:
 
     def ask_for_pairs(self) -> bool:
         """Let a backward pass run in pairs of bfloat16 where it can; whether it does."""
-        asked = ctypes.byref(self.fields)
-        if self.dtype == torch.bfloat16:
-            self.fields.in_pairs = _kernels().moekit_runs_in_pairs(asked)
-        return bool(self.fields.in_pairs)
+        if self.dtype != torch.bfloat16:
+            return False
+        found = _kernels().moekit_runs_in_pairs(packed(self.fields))
+        self.fields["in_pairs"] = found
+        return bool(found)
 
     def run(self, name: str) -> None:
         """Run a pass."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        getattr(_kernels(), f"moekit_{name}_{dtype}")(ctypes.byref(self.fields))
+        dtype = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        getattr(_kernels(), f"moekit_{name}_{dtype}")(packed(self.fields))
 
 
 def untouched(like: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ void gather(Size rows, const Size* assignment, Size slots, const T* x, Size ld, 
 
 }  // namespace
 
-// What Python hands over; see moekit/dispatch/native_library.py, whose fields are the same.
+// What Python hands over: FIELDS of moekit/dispatch/native_library.py.
 struct Call {
   Size threads, tokens, slots, rows, experts, width, hidden, out_width;
   const Size *count_E, *assignment_R;
@@ -57,9 +57,7 @@ struct Call {
   Size down_expert, down_ld;
   const void *up_bias_EJ, *down_bias_EO;  // without gaps; null for none
   void* inner_RJ;                         // forward: null if it is not to be kept
-  Size *place_NK, *start_E, *used_E;      // room for N K, E + 1 and E
-  // Forward.
-  void *out_RO, *y_NO;
+  void* y_NO;                             // forward
   // Backward; the gradients that are not wanted are null.
   const void* grad_NO;
   Size grad_ld;
@@ -72,32 +70,45 @@ struct Call {
 
 namespace {
 
-Groups grouped(const Call& call) {
-  Size used = 0;
-  call.start_E[0] = 0;
-  for (Size e = 0; e < call.experts; ++e) {
-    call.start_E[e + 1] = call.start_E[e] + call.count_E[e];
-    if (call.count_E[e]) call.used_E[used++] = e;
+// Which rows are each expert's, and which row is each assignment's.
+class Layout {
+ public:
+  explicit Layout(const Call& call)
+      : memory_(2 * call.experts + 1 + call.tokens * call.slots), experts_(call.experts) {
+    start()[0] = 0;
+    for (Size e = 0; e < experts_; ++e) {
+      start()[e + 1] = start()[e] + call.count_E[e];
+      if (call.count_E[e]) used()[used_count_++] = e;
+    }
+    if (call.rows < call.tokens * call.slots)
+      std::fill(place(), place() + call.tokens * call.slots, Size(-1));
+    for (Size r = 0; r < call.rows; ++r) place()[call.assignment_R[r]] = r;
   }
-  if (call.rows < call.tokens * call.slots)
-    for (Size i = 0; i < call.tokens * call.slots; ++i) call.place_NK[i] = -1;
-  for (Size r = 0; r < call.rows; ++r) call.place_NK[call.assignment_R[r]] = r;
-  return {call.experts, used, call.start_E, call.used_E};
-}
+  Groups groups() const { return {experts_, used_count_, start(), used()}; }
+  Size* place() const { return used() + experts_; }  // N K; -1 for none
+
+ private:
+  Size* start() const { return memory_.get(); }
+  Size* used() const { return start() + experts_ + 1; }
+
+  Room<Size> memory_;
+  Size experts_, used_count_ = 0;
+};
 
 template <class T>
 void forward_pass(const Call& call) {
-  const Groups groups = grouped(call);
+  const Layout layout(call);
+  const Groups groups = layout.groups();
   const T* x_ND = static_cast<const T*>(call.x_ND);
   const Stack<T> up = {static_cast<const T*>(call.up_EJD), call.up_expert, call.up_ld};
   const Stack<T> down = {static_cast<const T*>(call.down_EOH), call.down_expert, call.down_ld};
   const T* up_bias = static_cast<const T*>(call.up_bias_EJ);
   const T* down_bias = static_cast<const T*>(call.down_bias_EO);
   T* inner_RJ = static_cast<T*>(call.inner_RJ);
-  T* out_RO = static_cast<T*>(call.out_RO);
   const Size hidden = call.hidden, out_width = call.out_width;
   const Size most = std::min(rows_at_once(groups, call.threads), call.rows);
-  const Room<T> outer(most * hidden);
+  const Room<T> outer(most * hidden), out(call.rows * out_width);
+  T* out_RO = out.get();
 #pragma omp parallel num_threads(call.threads)
   {
     each_run(groups, most, [&](const Groups& run, Size run_start) {
@@ -129,7 +140,7 @@ void forward_pass(const Call& call) {
             });
           });
     });
-    combine(call.tokens, call.slots, call.place_NK, call.weight_NK, out_RO, out_width,
+    combine(call.tokens, call.slots, layout.place(), call.weight_NK, out_RO, out_width,
             static_cast<T*>(call.y_NO));
   }
 }
@@ -162,7 +173,8 @@ void clear(const Call& call, const Groups& groups, T* grad_up_EJD, T* grad_down_
 
 template <class T>
 void backward_pass(const Call& call) {
-  const Groups groups = grouped(call);
+  const Layout layout(call);
+  const Groups groups = layout.groups();
   const Stack<T> up = {static_cast<const T*>(call.up_EJD), call.up_expert, call.up_ld};
   const Stack<T> down = {static_cast<const T*>(call.down_EOH), call.down_expert, call.down_ld};
   const T* inner_RJ = static_cast<const T*>(call.inner_RJ);
@@ -191,7 +203,7 @@ void backward_pass(const Call& call) {
     if (call.grad_x_ND) {
       float* back_RD = static_cast<float*>(call.back_RD);
       back_products(groups, call.back_RJ, up, call.width, 2 * hidden, back_RD);
-      combine(call.tokens, call.slots, call.place_NK, nullptr, back_RD, call.width,
+      combine(call.tokens, call.slots, layout.place(), nullptr, back_RD, call.width,
               static_cast<T*>(call.grad_x_ND));
     }
   }
@@ -248,7 +260,9 @@ inline void pull_back_pairs(const Call& call, Size e, Size r, Size m, Size first
   }
 }
 
-void backward_pass_in_pairs(const Call& call, const Groups& groups) {
+void backward_pass_in_pairs(const Call& call) {
+  const Layout layout(call);
+  const Groups groups = layout.groups();
   const Stack<bfloat16> up = {static_cast<const bfloat16*>(call.up_EJD), call.up_expert,
                               call.up_ld};
   const Stack<bfloat16> down = {static_cast<const bfloat16*>(call.down_EOH), call.down_expert,
@@ -313,7 +327,7 @@ void backward_pass_in_pairs(const Call& call, const Groups& groups) {
     });
     clear(call, groups, grad_up_EJD, grad_down_EOH);
     if (call.grad_x_ND)
-      combine(call.tokens, call.slots, call.place_NK, nullptr, back_RD, width,
+      combine(call.tokens, call.slots, layout.place(), nullptr, back_RD, width,
               static_cast<bfloat16*>(call.grad_x_ND));
   }
 }
@@ -329,7 +343,7 @@ void moekit_forward_bfloat16(const Call* call) { forward_pass<bfloat16>(*call); 
 void moekit_backward_float32(const Call* call) { backward_pass<float>(*call); }
 void moekit_backward_bfloat16(const Call* call) {
 #if defined(__AVX512BF16__)
-  if (call->in_pairs) return backward_pass_in_pairs(*call, grouped(*call));
+  if (call->in_pairs) return backward_pass_in_pairs(*call);
 #endif
   backward_pass<bfloat16>(*call);
 }
@@ -338,8 +352,9 @@ void moekit_backward_bfloat16(const Call* call) {
 int moekit_runs_in_pairs(const Call* call) {
 #if defined(__AVX512BF16__)
   const bool plain = !call->up_bias_EJ && !call->down_bias_EO;
+  const Size idle = std::count(call->count_E, call->count_E + call->experts, Size(0));
   return plain && pairs_take(call->width, call->hidden, call->out_width) &&
-         call->rows >= PAIRED_ROWS_BACK * grouped(*call).used_count;
+         call->rows >= PAIRED_ROWS_BACK * (call->experts - idle);
 #else
   return 0;
 #endif

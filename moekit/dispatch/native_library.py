@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from itertools import repeat
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import torch
@@ -31,27 +33,23 @@ PATIENCE = 120.0  # seconds; it takes 3 to 10
 logger = logging.getLogger(__name__)
 
 
-class Call(ctypes.Structure):
-    """The struct of the same name in ``native_kernels.cpp``, where the fields are explained."""
+# The struct ``Call`` of ``native_kernels.cpp``, where they are explained: sizes, flags and
+# addresses, each of eight bytes.
+FIELDS = (
+    *("threads", "tokens", "slots", "rows", "experts", "width", "hidden", "out_width"),
+    *("count_E", "assignment_R", "weight_NK", "x_ND", "x_ld"),
+    *("up_EJD", "up_expert", "up_ld", "down_EOH", "down_expert", "down_ld"),
+    *("up_bias_EJ", "down_bias_EO", "inner_RJ", "y_NO", "grad_NO", "grad_ld"),
+    *("in_pairs", "cleared"),
+    *("grad_RO", "rows_RD", "back_RH", "scaled_RH", "back_RJ", "grad_R", "back_RD"),
+    *("grad_x_ND", "grad_up_EJD", "grad_down_EOH"),
+)
+_CALL = Struct(f"{len(FIELDS)}q")
 
-    _fields_ = tuple(
-        (name, ctypes.c_int64 if kind == "size" else ctypes.c_void_p)
-        for kind, names in (
-            ("size", "threads tokens slots rows experts width hidden out_width"),
-            ("data", "count_E assignment_R weight_NK x_ND"),
-            ("size", "x_ld"),
-            ("data", "up_EJD"),
-            ("size", "up_expert up_ld"),
-            ("data", "down_EOH"),
-            ("size", "down_expert down_ld"),
-            ("data", "up_bias_EJ down_bias_EO inner_RJ place_NK start_E used_E"),
-            ("data", "out_RO y_NO grad_NO"),
-            ("size", "grad_ld in_pairs cleared"),
-            ("data", "grad_RO rows_RD back_RH scaled_RH back_RJ grad_R back_RD"),
-            ("data", "grad_x_ND grad_up_EJD grad_down_EOH"),
-        )
-        for name in names.split()
-    )
+
+def packed(fields: dict[str, int]) -> bytes:
+    """A call for the kernels; fields that are not given are zero."""
+    return _CALL.pack(*map(fields.get, FIELDS, repeat(0)))
 
 
 @cache
@@ -86,7 +84,7 @@ def sorted_ids(ids: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
     ids = ids.contiguous()
     order, counts = torch.empty_like(ids), torch.empty(size, dtype=torch.int64)
     pointers = ids.data_ptr(), size, order.data_ptr(), counts.data_ptr()
-    if kernels.moekit_sort_ids(len(ids), *pointers):
+    if kernels.moekit_sort_ids(ids.shape[0], *pointers):
         raise IndexError(f"an id is not one of 0 to {size - 1}")
     return order, counts
 
@@ -128,8 +126,8 @@ def _opened(path: Path) -> ctypes.CDLL:
     for name in ("forward", "backward"):
         for dtype in ("float32", "bfloat16"):
             function: Any = getattr(found, f"moekit_{name}_{dtype}")
-            function.argtypes, function.restype = [ctypes.POINTER(Call)], None
-    found.moekit_runs_in_pairs.argtypes = [ctypes.POINTER(Call)]
+            function.argtypes, function.restype = [ctypes.c_char_p], None
+    found.moekit_runs_in_pairs.argtypes = [ctypes.c_char_p]
     size, data = ctypes.c_int64, ctypes.c_void_p
     found.moekit_sort_ids.argtypes = [size, data, size, data, data]
     found.moekit_has_pairs.argtypes = [ctypes.c_int64] * 3

@@ -118,10 +118,13 @@ def plan_rows(
     the ranges cover every expert.
     """
     experts = sum(stop - start for start, stop in ranges)
-    order, count_E = _by_expert(_local_ids(routing, ranges, experts).flatten(), experts)
-    every = routing.full and experts == routing.experts
-    assignment_R = order if every else order[: int(count_E.sum())]
-    return Plan(assignment_R, routing.weight_NK, groups(count_E), every)
+    local = _local_ids(routing, ranges, experts).flatten()
+    if routing.full and experts == routing.experts:
+        assignment_R, count_E = _by_expert(local, experts)
+        return Plan(assignment_R, routing.weight_NK, groups(count_E), every=True)
+    order, count = _by_expert(local, experts + 1)
+    count_E = count[:experts]
+    return Plan(order[: int(count_E.sum())], routing.weight_NK, groups(count_E), every=False)
 
 
 def plan_places(routing: Routing, ranges: list[tuple[int, int]], places: int) -> Plan:
@@ -132,7 +135,8 @@ def plan_places(routing: Routing, ranges: list[tuple[int, int]], places: int) ->
     """
     experts = sum(stop - start for start, stop in ranges)
     local = _local_ids(routing, ranges, experts).flatten()
-    order, count_E = _by_expert(local, experts)
+    order, count = _by_expert(local, experts + 1)
+    count_E = count[:experts]
     start_E = count_E.cumsum(0) - count_E
     place_C = torch.arange(places, device=local.device)
     taken_EC = place_C < count_E[:, None]
@@ -144,11 +148,10 @@ def plan_places(routing: Routing, ranges: list[tuple[int, int]], places: int) ->
     return Plan(assignment_EC.flatten(), routing.weight_NK, groups, every=False)
 
 
-def _by_expert(local: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The order that sorts assignments by local id, stable, and the rows of each expert."""
-    found = sorted_ids(local, experts + 1) if is_here(local) else None
-    order, count = found or (sort_ids(local, experts + 1), count_ids(local, experts + 1))
-    return order, count[:experts]
+def _by_expert(local: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The order that sorts assignments by local id, stable, and how many have each (size,)."""
+    found = sorted_ids(local, size) if is_here(local) else None
+    return found or (sort_ids(local, size), count_ids(local, size))
 
 
 def _local_ids(routing: Routing, ranges: list[tuple[int, int]], experts: int) -> Tensor:
