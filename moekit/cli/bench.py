@@ -51,7 +51,7 @@ def layer_command(
     all_backends: Annotated[
         bool, typer.Option("--all-backends", help="Time each of our backends, not our choice only.")
     ] = False,
-    repeats: Annotated[int, typer.Option(help="Timed turns of each contender.", min=1)] = 9,
+    repeats: Annotated[int, typer.Option(help="Least timed turns of each contender.", min=1)] = 9,
     threads: Annotated[int, typer.Option(help="Threads; 0 for torch's default.", min=0)] = 0,
     output: Annotated[Path, typer.Option(help="Folder for the report and the results.")] = Path(
         "moekit-bench"
@@ -74,18 +74,17 @@ def layer_command(
     if threads:
         torch.set_num_threads(threads)
     console = Console(stderr=True, quiet=quiet)
-    limits = {name: Limits.measure(where, getattr(torch, name)) for name in _dtypes(dtypes)}
     timings = []
-    for timing in _timings(shapes, modes, limits, where, repeats, seed, all_backends):
+    for timing in _timings(shapes, modes, where, repeats, seed, all_backends):
         timings.append(timing)
         console.print(_line(timing), highlight=False, markup=False)
         # Shape by shape, so that an interrupted run keeps what it measured.
-        write_json(output / "layer.json", results(timings, limits, [], [], machine(str(where))))
+        write_json(output / "layer.json", results(timings, [], [], machine(str(where))))
     zero = time_zero_computation(where, tokens=512 if quick else 2048, repeats=repeats, seed=seed)
     merged = [] if where.type != "cpu" else costs(MERGED[quick], (1, 2, 4, 8), repeats)
-    found = results(timings, limits, zero, merged, machine(str(where)))
+    found = results(timings, zero, merged, machine(str(where)))
     write_json(output / "layer.json", found)
-    page = report(timings, limits, zero, merged, machine(str(where)), "moekit bench layer")
+    page = report(timings, zero, merged, machine(str(where)), "moekit bench layer")
     page.write(output / "report.html")
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
@@ -99,19 +98,19 @@ def layer_command(
 def _timings(
     shapes: list[LayerShape],
     modes: tuple[bool, ...],
-    limits: dict[str, Limits],
     device: torch.device,
     repeats: int,
     seed: int,
     all_backends: bool,
 ) -> Iterator[LayerTiming]:
     for shape in shapes:
+        limits = Limits.measure(device, getattr(torch, shape.dtype))
         bench = LayerBench(shape, device, seed)
         for training in modes:
             names = set(bench.contenders(training))
             if not all_backends:
                 names -= set(OURS) - {"moekit"}
-            yield bench.time(limits[shape.dtype], training, repeats, names)
+            yield bench.time(limits, training, repeats, names)
 
 
 def _shapes(

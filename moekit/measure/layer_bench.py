@@ -34,6 +34,8 @@ DENSE = "dense of equal FLOPs"
 RECOMPUTED = "transformers grouped_mm, recomputed"
 # These wait for the host in every run: to loop over experts, or to count their rows.
 WAITING = ("moekit loop", "transformers eager", SCATTERMOE)
+# Of timed runs at a shape: small ones, which little disturbs, take more turns than asked for.
+LEAST_SECONDS = 0.5
 # Bytes of weights beyond which batched_mm, which copies an expert a row, is left out.
 LARGEST_COPY = 2**31
 
@@ -81,7 +83,8 @@ class LayerTiming:
         seconds: median time of each contender.
         peak_bytes: memory that each one's run added at its highest.
         saved_bytes: bytes a token kept for the backward pass, weights left out; training only.
-        least_seconds: the machine's limit for this work: operations at the rate of a large
+        limits: what the machine could do just before.
+        least_seconds: the limit for this work: operations at the rate of a large
             product, or weights (and in training their gradients) at the rate of reading memory.
         bound: which of the two it is, ``compute`` or ``memory``.
         graph_seconds: forward on a GPU, the same as ``seconds`` for replays of a CUDA graph, of
@@ -93,6 +96,7 @@ class LayerTiming:
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
     saved_bytes: dict[str, float]
+    limits: Limits
     least_seconds: float
     bound: str
     graph_seconds: dict[str, float] = field(default_factory=dict)
@@ -176,7 +180,7 @@ class LayerBench:
         """Time all contenders, which take turns, and measure the memory of each."""
         contenders = self.contenders(training, names)
         runs = {name: self._call(run, training) for name, run in contenders.items()}
-        seconds = interleaved(runs, self.device, repeats)
+        seconds = interleaved(runs, self.device, repeats, LEAST_SECONDS)
         least, bound = limits.least_seconds(*self._work(training))
         saved = {name: self.saved_bytes(run) for name, run in contenders.items() if training}
         return LayerTiming(
@@ -185,6 +189,7 @@ class LayerBench:
             seconds,
             {name: self._peak(run) for name, run in runs.items()},
             {name: count / self.shape.tokens for name, count in saved.items()},
+            limits,
             least,
             bound,
             {} if training or self.device.type != "cuda" else self._graphed(runs, repeats),
@@ -197,7 +202,7 @@ class LayerBench:
         replays: dict[str, Callable[[], Tensor | None]] = {
             name: replay for name, replay in graphs.items() if replay is not None
         }
-        return interleaved(replays, self.device, repeats)
+        return interleaved(replays, self.device, repeats, LEAST_SECONDS)
 
     def saved_bytes(self, run: Run) -> int:
         """Bytes that autograd keeps for the backward pass of ``run``, parameters left out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 from moekit.measure.layer_bench import (
@@ -26,7 +27,6 @@ ORDER = (*OURS, *THEIRS, SCATTERMOE, RECOMPUTED, DENSE)
 
 def results(
     timings: Sequence[LayerTiming],
-    limits: Mapping[str, Limits],
     zero: Sequence[ZeroComputationTiming],
     merged: Sequence[Cost],
     machine: Mapping[str, Any],
@@ -34,9 +34,9 @@ def results(
     """Everything that was measured, as JSON values."""
     return {
         "machine": dict(machine),
-        "limits": {
+        "limits": {  # medians of those of the timings
             name: {"flops": limit.flops, "bandwidth": limit.bandwidth}
-            for name, limit in limits.items()
+            for name, limit in limits_of(timings).items()
         },
         "geometric_mean_ratio": {
             mode: geometric_mean(_of(timings, training))
@@ -45,6 +45,17 @@ def results(
         "timings": [timing.to_dict() for timing in timings],
         "zero_computation": [timing.to_dict() for timing in zero],
         "merged": [cost.to_dict() for cost in merged],
+    }
+
+
+def limits_of(timings: Sequence[LayerTiming]) -> dict[str, Limits]:
+    """By dtype, the median of the limits that were measured before each shape."""
+    found: dict[str, list[Limits]] = {}
+    for timing in timings:
+        found.setdefault(timing.shape.dtype, []).append(timing.limits)
+    return {
+        dtype: Limits(median(x.flops for x in some), median(x.bandwidth for x in some))
+        for dtype, some in found.items()
     }
 
 
@@ -57,14 +68,13 @@ def geometric_mean(timings: Sequence[LayerTiming]) -> float | None:
 
 def report(
     timings: Sequence[LayerTiming],
-    limits: Mapping[str, Limits],
     zero: Sequence[ZeroComputationTiming],
     merged: Sequence[Cost],
     machine: Mapping[str, Any],
     command: str,
 ) -> Report:
     """The page."""
-    sections = [Section("Machine", [_machine(limits, machine)])]
+    sections = [Section("Machine", [_machine(limits_of(timings), machine)])]
     for heading, training in (("Forward", False), ("Forward and backward", True)):
         some = _of(timings, training)
         if some:
@@ -113,8 +123,8 @@ def _mode(timings: Sequence[LayerTiming], training: bool) -> list[Block]:
     blocks: list[Block] = [
         Text(
             "Medians of interleaved runs on the same weights, tokens and routing. The share is "
-            "that of the measured limit that binds: operations at the rate of a large product, "
-            "or weights at the rate of reading memory."
+            "that of the limit that binds, measured just before: operations at the rate of a "
+            "large product, or weights at the rate of reading memory."
         ),
         _times(timings, names, "Median times"),
         *([_times(graphed, names, "Median times of replayed CUDA graphs")] if graphed else []),

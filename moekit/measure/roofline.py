@@ -56,22 +56,35 @@ def seconds(run: Callable[[], Tensor | None], device: torch.device) -> float:
 
 
 def interleaved(
-    runs: dict[str, Callable[[], Tensor | None]], device: torch.device, repeats: int
+    runs: dict[str, Callable[[], Tensor | None]],
+    device: torch.device,
+    repeats: int,
+    least_seconds: float = 0.0,
 ) -> dict[str, float]:
     """The median time of each run; they take turns, in another random order each round.
 
     A machine that warms up or slows down is thus unfair to none, and none always runs after the
     same other one, which may have left its weights in the cache, or thrown them out. One untimed
     round goes before.
+
+    Args:
+        runs: what is timed, by name.
+        device: what is waited for at the end of each run.
+        repeats: rounds.
+        least_seconds: of timed runs together; further rounds follow until it is reached.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     order, shuffled = list(runs), random.Random(0)
-    for _ in range(repeats):
+    spent, rounds = 0.0, 0
+    while rounds < repeats or spent < least_seconds:
         shuffled.shuffle(order)
         for name in order:
-            found[name].append(seconds(runs[name], device))
+            time_taken = seconds(runs[name], device)
+            found[name].append(time_taken)
+            spent += time_taken
+        rounds += 1
     return {name: statistics.median(times) for name, times in found.items()}
 
 

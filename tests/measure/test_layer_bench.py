@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from moekit.measure.layer_bench import (
     LayerBench,
     LayerShape,
 )
-from moekit.measure.layer_bench_report import geometric_mean, report, results
+from moekit.measure.layer_bench_report import geometric_mean, limits_of, report, results
 from moekit.measure.merged_bench import Sizes, costs
 from moekit.measure.zero_computation_bench import VANILLA, time_zero_computation
 
@@ -97,6 +100,26 @@ def test_runs_take_turns_and_none_always_follows_the_same_other() -> None:
     }
 
 
+def test_short_runs_take_more_turns() -> None:
+    counts = {"a": 0, "b": 0}
+
+    def step(name: str) -> None:
+        counts[name] += 1
+        time.sleep(0.002)
+
+    interleaved({n: partial(step, n) for n in counts}, CPU, repeats=2, least_seconds=0.2)
+    assert 1 + 2 < counts["a"] == counts["b"] <= 1 + 50  # one untimed; 4 ms or more a round
+
+
+def test_limits_are_the_medians_of_what_was_measured_before_each_shape() -> None:
+    bench = LayerBench(SHAPE, CPU)
+    rates = (1e9, 5e9, 2e9)
+    timing = bench.time(LIMITS, training=False, repeats=1, names=["moekit", *THEIRS])
+    assert timing.limits == LIMITS
+    timings = [replace(timing, limits=Limits(rate, 2 * rate)) for rate in rates]
+    assert limits_of(timings) == {"float32": Limits(2e9, 4e9)}
+
+
 def test_the_grid_covers_decoding_and_prefill() -> None:
     shapes = grid()
     assert len(set(shapes)) == len(shapes)
@@ -122,11 +145,12 @@ def test_results_and_page(tmp_path: Path) -> None:
     timings = [bench.time(LIMITS, training, repeats=1) for training in (False, True)]
     zero = time_zero_computation(CPU, width=8, hidden=8, tokens=16, taus=(1.0,), repeats=1)
     merged = costs(Sizes(8, 8, 2, 4), (1, 2), repeats=1)
-    found = results(timings, {"float32": LIMITS}, zero, merged, {"device": "a machine"})
+    found = results(timings, zero, merged, {"device": "a machine"})
     again = json.loads(json.dumps(found))
     assert again["timings"][0]["shape"]["tokens"] == 12
+    assert again["limits"] == {"float32": {"flops": 1e9, "bandwidth": 1e9}}
     assert again["geometric_mean_ratio"]["forward"] == pytest.approx(timings[0].ratio)
-    page = report(timings, {"float32": LIMITS}, zero, merged, {"device": "a machine"}, "a command")
+    page = report(timings, zero, merged, {"device": "a machine"}, "a command")
     html = page.write(tmp_path / "report.html").read_text("utf-8")
     for text in ("a machine", "transformers grouped_mm", "MoE++ 8+4", "times running k", "<svg"):
         assert text in html
