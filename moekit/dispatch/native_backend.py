@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moekit.dispatch.backend import Backend, Gradients, Wanted, slot_gradient
+from moekit.dispatch.backend import Backend, Gradients, Wanted
 from moekit.dispatch.grouped import per_expert
 from moekit.dispatch.native_library import library, packed
 from moekit.dispatch.plan import Plan
@@ -75,22 +75,20 @@ class Native(Backend):
         inner: list[Tensor],
         wanted: Wanted,
     ) -> Gradients:
-        rows, width, hidden = len(plan.assignment_R), x_ND.shape[1], bank.down_EOH.shape[2]
+        rows, inner_width = plan.assignment_R.shape[0], bank.up_EJD.shape[1]
         call = NativeCall(x_ND, plan, bank)
         call.give("inner_RJ", inner[0])
         call.give_rows("grad_NO", "grad_ld", grad_NO)
-        paired = call.ask_for_pairs()
-        between: dict[str, Tensor] = {}
-        if not paired:
-            sizes = {"grad_RO": bank.out_width, "back_RH": hidden, "scaled_RH": hidden}
-            sizes |= {"back_RJ": 2 * hidden, "rows_RD": width if wanted.up else 0}
-            between = {name: call.room(name, rows, size) for name, size in sizes.items()}
-        grad_R = call.room("grad_R", rows)
+        call.ask_for_pairs()
+        kept: dict[str, Tensor] = {}
+        if bank.up_bias_EJ is not None or bank.down_bias_EO is not None:  # never in pairs
+            sizes = {"grad_RO": bank.out_width, "back_RJ": inner_width}
+            kept = {name: call.room(name, rows, size) for name, size in sizes.items()}
+        grad_NK = call.room("grad_NK", *plan.weight_NK.shape)
         found = Gradients()
         asked = ((bank.up_EJD, wanted.up), (bank.down_EOH, wanted.down))
         call.expect_gradients(sum(weight.nbytes for weight, wants in asked if wants), plan)
         if wanted.x:
-            call.room("back_RD", rows, width, dtype=x_ND.dtype if paired else torch.float32)
             grad_x_ND = call.room("grad_x_ND", *x_ND.shape, dtype=x_ND.dtype)
             found = found._replace(x_ND=grad_x_ND)
         if wanted.up:
@@ -98,7 +96,7 @@ class Native(Backend):
         if wanted.down:
             found = found._replace(down_EOH=call.gradient("grad_down_EOH", bank.down_EOH))
         call.run("backward")
-        return self._others(found, plan, bank, wanted, grad_R, between)
+        return self._others(found, plan, bank, wanted, grad_NK, kept)
 
     def _others(
         self,
@@ -106,23 +104,22 @@ class Native(Backend):
         plan: Plan,
         bank: FeedForward,
         wanted: Wanted,
-        grad_R: Tensor,
-        between: dict[str, Tensor],
+        grad_NK: Tensor,
+        kept: dict[str, Tensor],
     ) -> Gradients:
         """The gradients of combine weights and biases, from what the kernels left."""
         groups, bias_EO = plan.groups, bank.down_bias_EO
         if wanted.weight:
             if bias_EO is not None:
-                grad_R = grad_R + torch.linalg.vecdot(
-                    between["grad_RO"], groups.of_row(bias_EO.float())
-                )
-            found = found._replace(weight_NK=slot_gradient(grad_R, plan))
+                of_bias_R = torch.linalg.vecdot(kept["grad_RO"], groups.of_row(bias_EO.float()))
+                grad_NK.view(-1).index_add_(0, plan.assignment_R, of_bias_R)
+            found = found._replace(weight_NK=grad_NK.to(plan.weight_NK.dtype))
         if wanted.up_bias:
-            up_bias_EJ = per_expert(between["back_RJ"], plan).to(bank.up_EJD.dtype)
+            up_bias_EJ = per_expert(kept["back_RJ"], plan).to(bank.up_EJD.dtype)
             found = found._replace(up_bias_EJ=up_bias_EJ)
         if wanted.down_bias:
             weight_R1 = plan.weight_NK.flatten()[plan.assignment_R].float()[:, None]
-            down_bias_EO = per_expert(between["grad_RO"] * weight_R1, plan).to(bank.down_EOH.dtype)
+            down_bias_EO = per_expert(kept["grad_RO"] * weight_R1, plan).to(bank.down_EOH.dtype)
             found = found._replace(down_bias_EO=down_bias_EO)
         return found
 

@@ -13,37 +13,6 @@
 
 #include <numeric>
 
-namespace {
-
-// out[n] = Σ_k weight[n][k] rows[place[n][k]]; a slot without a row has place -1.
-template <class Row, class T>
-void combine(Size tokens, Size slots, const Size* place, const float* weight, const Row* rows,
-             Size columns, T* out) {
-#pragma omp for schedule(static)
-  for (Size n = 0; n < tokens; ++n)
-    each_vector(columns, [&](Size c, Size count) {
-      Vector total = {};
-      for (Size k = n * slots; k < (n + 1) * slots; ++k)
-        if (place[k] >= 0)
-          total += (weight ? weight[k] : 1.f) * load_some(rows + place[k] * columns + c, count);
-      store_some(out + n * columns + c, total, count);
-    });
-}
-
-template <class T>
-void gather(Size rows, const Size* assignment, Size slots, const T* x, Size ld, Size columns,
-            float* out) {
-#pragma omp for schedule(static)
-  for (Size r = 0; r < rows; ++r) {
-    const T* from = x + assignment[r] / slots * ld;
-    each_vector(columns, [&](Size c, Size count) {
-      store_some(out + r * columns + c, load_some(from + c, count), count);
-    });
-  }
-}
-
-}  // namespace
-
 // What Python hands over: FIELDS of moekit/dispatch/native_library.py.
 struct Call {
   Size threads, tokens, slots, rows, experts, width, hidden, out_width;
@@ -61,10 +30,10 @@ struct Call {
   // Backward; the gradients that are not wanted are null.
   const void* grad_NO;
   Size grad_ld;
-  Size in_pairs;  // stages are then bfloat16, and most of them the kernels' own
+  Size in_pairs;  // stages are then bfloat16, and none is kept
   Size cleared;   // whether the memory for gradients of weights is zero
-  float *grad_RO, *rows_RD, *back_RH, *scaled_RH, *back_RJ, *grad_R;
-  void* back_RD;
+  float *grad_RO, *back_RJ;  // null unless these stages are to be kept
+  float* grad_NK;
   void *grad_x_ND, *grad_up_EJD, *grad_down_EOH;
 };
 
@@ -171,6 +140,12 @@ void clear(const Call& call, const Groups& groups, T* grad_up_EJD, T* grad_down_
   if (grad_down_EOH) clear_unused(groups, call.out_width * call.hidden, grad_down_EOH);
 }
 
+// The combine weights' gradients; slots without a row keep zero.
+void clear_slots(const Call& call) {
+  if (call.rows < call.tokens * call.slots)
+    std::fill(call.grad_NK, call.grad_NK + call.tokens * call.slots, 0.f);
+}
+
 template <class T>
 void backward_pass(const Call& call) {
   const Layout layout(call);
@@ -178,31 +153,41 @@ void backward_pass(const Call& call) {
   const Stack<T> up = {static_cast<const T*>(call.up_EJD), call.up_expert, call.up_ld};
   const Stack<T> down = {static_cast<const T*>(call.down_EOH), call.down_expert, call.down_ld};
   const T* inner_RJ = static_cast<const T*>(call.inner_RJ);
-  const Size hidden = call.hidden;
+  const Size rows = call.rows, hidden = call.hidden;
+  const Room<float> own_grad(call.grad_RO ? 0 : rows * call.out_width);
+  const Room<float> own_back(call.back_RJ ? 0 : rows * 2 * hidden);
+  const Room<float> back_H(rows * hidden), scaled_H(rows * hidden);
+  const Room<float> rows_D(call.grad_up_EJD ? rows * call.width : 0);
+  const Room<float> back_D(call.grad_x_ND ? rows * call.width : 0);
+  float* grad_RO = call.grad_RO ? call.grad_RO : own_grad.get();
+  float* back_RJ = call.back_RJ ? call.back_RJ : own_back.get();
+  float *back_RH = back_H.get(), *scaled_RH = scaled_H.get();
+  float *rows_RD = rows_D.get(), *back_RD = back_D.get();
+  clear_slots(call);
 #pragma omp parallel num_threads(call.threads)
   {
-    gather(call.rows, call.assignment_R, call.slots, static_cast<const T*>(call.grad_NO),
-           call.grad_ld, call.out_width, call.grad_RO);
-    back_products(groups, call.grad_RO, down, hidden, call.out_width, call.back_RH);
+    gather(rows, call.assignment_R, call.slots, static_cast<const T*>(call.grad_NO), call.grad_ld,
+           call.out_width, grad_RO);
+    back_products(groups, grad_RO, down, hidden, call.out_width, back_RH);
 #pragma omp for schedule(static)
-    for (Size r = 0; r < call.rows; ++r)
-      call.grad_R[r] =
-          pull_back(hidden, inner_RJ + 2 * r * hidden, call.back_RH + r * hidden,
-                    call.weight_NK[call.assignment_R[r]], call.scaled_RH + r * hidden,
-                    call.back_RJ + 2 * r * hidden);
+    for (Size r = 0; r < rows; ++r) {
+      const Size slot = call.assignment_R[r];
+      call.grad_NK[slot] =
+          pull_back(hidden, inner_RJ + 2 * r * hidden, back_RH + r * hidden, call.weight_NK[slot],
+                    scaled_RH + r * hidden, back_RJ + 2 * r * hidden);
+    }
     T* grad_up_EJD = static_cast<T*>(call.grad_up_EJD);
     T* grad_down_EOH = static_cast<T*>(call.grad_down_EOH);
     clear(call, groups, grad_up_EJD, grad_down_EOH);
     if (grad_down_EOH)
-      weight_gradient(groups, call.grad_RO, call.out_width, call.scaled_RH, hidden, grad_down_EOH);
+      weight_gradient(groups, grad_RO, call.out_width, scaled_RH, hidden, grad_down_EOH);
     if (grad_up_EJD) {
-      gather(call.rows, call.assignment_R, call.slots, static_cast<const T*>(call.x_ND), call.x_ld,
-             call.width, call.rows_RD);
-      weight_gradient(groups, call.back_RJ, 2 * hidden, call.rows_RD, call.width, grad_up_EJD);
+      gather(rows, call.assignment_R, call.slots, static_cast<const T*>(call.x_ND), call.x_ld,
+             call.width, rows_RD);
+      weight_gradient(groups, back_RJ, 2 * hidden, rows_RD, call.width, grad_up_EJD);
     }
     if (call.grad_x_ND) {
-      float* back_RD = static_cast<float*>(call.back_RD);
-      back_products(groups, call.back_RJ, up, call.width, 2 * hidden, back_RD);
+      back_products(groups, back_RJ, up, call.width, 2 * hidden, back_RD);
       combine(call.tokens, call.slots, layout.place(), nullptr, back_RD, call.width,
               static_cast<T*>(call.grad_x_ND));
     }
@@ -267,7 +252,6 @@ void backward_pass_in_pairs(const Call& call) {
                               call.up_ld};
   const Stack<bfloat16> down = {static_cast<const bfloat16*>(call.down_EOH), call.down_expert,
                                 call.down_ld};
-  bfloat16* back_RD = static_cast<bfloat16*>(call.back_RD);
   bfloat16* grad_up_EJD = static_cast<bfloat16*>(call.grad_up_EJD);
   bfloat16* grad_down_EOH = static_cast<bfloat16*>(call.grad_down_EOH);
   const Size hidden = call.hidden, width = call.width, out_width = call.out_width;
@@ -275,6 +259,8 @@ void backward_pass_in_pairs(const Call& call) {
   const Size most = std::min(rows_at_once(groups, call.threads), call.rows);
   const Room<bfloat16> back_RJ(most * inner);
   const Room<float> grad_RB(most * blocks);
+  const Room<bfloat16> back_D(call.grad_x_ND ? call.rows * width : 0);
+  bfloat16* back_RD = back_D.get();
   const auto grads = Panels<LEFT>::room(most, call.experts, out_width);
   const auto scaled = Panels<WIDE>::room(most, call.experts, hidden);
   const auto backs = Panels<LEFT>::room(most, call.experts, inner);
@@ -286,6 +272,7 @@ void backward_pass_in_pairs(const Call& call) {
     return static_cast<const bfloat16*>(call.grad_NO) +
            call.assignment_R[r] / call.slots * call.grad_ld;
   };
+  clear_slots(call);
 #pragma omp parallel num_threads(call.threads)
   {
     each_run(groups, most, [&](const Groups& run, Size first_row) {
@@ -309,12 +296,12 @@ void backward_pass_in_pairs(const Call& call) {
 #pragma omp for schedule(static)
       for (Size r = first_row; r < run.start[last + 1]; ++r) {
         const float* parts = grad_RB.get() + (r - first_row) * blocks;
-        call.grad_R[r] = std::accumulate(parts, parts + blocks, 0.f);
+        call.grad_NK[call.assignment_R[r]] = std::accumulate(parts, parts + blocks, 0.f);
       }
       if (grad_down_EOH)
         paired_weight_gradient(run, grad, out_width, between.scaled, hidden, grad_down_EOH);
       if (grad_up_EJD) paired_weight_gradient(run, between.back, inner, x, width, grad_up_EJD);
-      if (back_RD)
+      if (call.grad_x_ND)
         paired_back_products(
             run, [&](Size r) { return back_RJ.get() + (r - first_row) * inner; }, up, width, inner,
             [&](Size, Size r, Size m, Size first, Size size, const float* sums) {

@@ -41,8 +41,7 @@ FIELDS = (
     *("up_EJD", "up_expert", "up_ld", "down_EOH", "down_expert", "down_ld"),
     *("up_bias_EJ", "down_bias_EO", "inner_RJ", "y_NO", "grad_NO", "grad_ld"),
     *("in_pairs", "cleared"),
-    *("grad_RO", "rows_RD", "back_RH", "scaled_RH", "back_RJ", "grad_R", "back_RD"),
-    *("grad_x_ND", "grad_up_EJD", "grad_down_EOH"),
+    *("grad_RO", "back_RJ", "grad_NK", "grad_x_ND", "grad_up_EJD", "grad_down_EOH"),
 )
 _CALL = Struct(f"{len(FIELDS)}q")
 

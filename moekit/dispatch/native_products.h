@@ -1,4 +1,4 @@
-// Products of rows that are sorted by expert.
+// Products of rows that are sorted by expert, and the way of rows from tokens and back.
 //
 // A leading dimension (`ld`) is a stride in elements. Functions with an `omp for` are called by all
 // threads of a region, which wait for each other at its end.
@@ -157,6 +157,33 @@ void clear_unused(const Groups& groups, Size size, T* out) {
     const Size e = item / PARTS, first = item % PARTS * size / PARTS;
     const Size last = (item % PARTS + 1) * size / PARTS;
     if (!groups.rows(e)) std::memset(out + e * size + first, 0, (last - first) * sizeof(T));
+  }
+}
+
+// out[n] = Σ_k weight[n][k] rows[place[n][k]]; a slot without a row has place -1.
+template <class Row, class T>
+void combine(Size tokens, Size slots, const Size* place, const float* weight, const Row* rows,
+             Size columns, T* out) {
+#pragma omp for schedule(static)
+  for (Size n = 0; n < tokens; ++n)
+    each_vector(columns, [&](Size c, Size count) {
+      Vector total = {};
+      for (Size k = n * slots; k < (n + 1) * slots; ++k)
+        if (place[k] >= 0)
+          total += (weight ? weight[k] : 1.f) * load_some(rows + place[k] * columns + c, count);
+      store_some(out + n * columns + c, total, count);
+    });
+}
+
+template <class T>
+void gather(Size rows, const Size* assignment, Size slots, const T* x, Size ld, Size columns,
+            float* out) {
+#pragma omp for schedule(static)
+  for (Size r = 0; r < rows; ++r) {
+    const T* from = x + assignment[r] / slots * ld;
+    each_vector(columns, [&](Size c, Size count) {
+      store_some(out + r * columns + c, load_some(from + c, count), count);
+    });
   }
 }
 
