@@ -55,7 +55,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> ProductCounter:
     run = NativeCall.run
 
     def run_native(self: NativeCall, name: str) -> None:
-        counter.rows += [self.fields.rows] * 2  # both products are in one call
+        counter.rows += [self.fields["rows"]] * 2  # both products are in one call
         run(self, name)
 
     monkeypatch.setattr(NativeCall, "run", run_native)
