@@ -78,7 +78,7 @@ def interleaved(
         run()
     order, shuffled = list(runs), random.Random(0)
     spent, rounds = 0.0, 0
-    while rounds < repeats or spent < least_seconds:
+    while runs and (rounds < repeats or spent < least_seconds):
         shuffled.shuffle(order)
         for name in order:
             time_taken = seconds(runs[name], device)

@@ -111,6 +111,11 @@ def test_short_runs_take_more_turns() -> None:
     assert 1 + 2 < counts["a"] == counts["b"] <= 1 + 50  # one untimed; 4 ms or more a round
 
 
+def test_no_runs_take_no_time() -> None:
+    """As on a GPU where no contender can be captured as a graph."""
+    assert interleaved({}, CPU, repeats=2, least_seconds=60.0) == {}
+
+
 def test_limits_are_the_medians_of_what_was_measured_before_each_shape() -> None:
     bench = LayerBench(SHAPE, CPU)
     rates = (1e9, 5e9, 2e9)
