@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moekit.dispatch.backend import Backend, Gradients, Wanted
 from moekit.dispatch.grouped import per_expert
-from moekit.dispatch.native_library import library, packed
+from moekit.dispatch.native_library import FIELDS, library, packed
 from moekit.dispatch.plan import Plan
 from moekit.experts.activation import GatedSiLU
 from moekit.experts.experts import FeedForward
@@ -138,7 +138,8 @@ class NativeCall:
         work = rows * inner * (width + out_width)
         self.dtype = x_ND.dtype
         self._held: list[Tensor] = []
-        self.fields = {
+        self.fields: dict[str, int] = dict.fromkeys(FIELDS, 0)
+        self.fields |= {
             "threads": 1 if work < ONE_THREAD else torch.get_num_threads(),
             "tokens": tokens,
             "slots": slots,
@@ -196,7 +197,7 @@ class NativeCall:
 
     def gradient(self, name: str, like: Tensor) -> Tensor:
         """Memory for a weight's gradient."""
-        if not self.fields.get("cleared"):
+        if not self.fields["cleared"]:
             return self.room(name, *like.shape, dtype=like.dtype)
         tensor = untouched(like)
         self.give(name, tensor)

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from functools import cache
-from itertools import repeat
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -47,8 +46,8 @@ _CALL = Struct(f"{len(FIELDS)}q")
 
 
 def packed(fields: dict[str, int]) -> bytes:
-    """A call for the kernels; fields that are not given are zero."""
-    return _CALL.pack(*map(fields.get, FIELDS, repeat(0)))
+    """A call for the kernels from all FIELDS, in their order."""
+    return _CALL.pack(*fields.values())
 
 
 @cache
