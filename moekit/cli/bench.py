@@ -27,6 +27,7 @@ EXAMPLES = """\
   moekit bench layer --quick
   moekit bench layer --tokens 16,2048 --experts 64 --k 8 --dtypes bfloat16
 """
+ONE_LAYER = {"experts": 32, "k": 4, "width": 512, "hidden": 512}  # if --tokens says no more
 # MEO's rows, on a CPU.
 MERGED = {True: Sizes(128, 256, 4, 128), False: Sizes(512, 1024, 8, 128)}
 MODES = {"forward": (False,), "training": (True,), "both": (False, True)}
@@ -40,10 +41,10 @@ def layer_command(
         str | None,
         typer.Option(help="Rows, comma-separated, of one layer in place of the whole grid."),
     ] = None,
-    experts: opt.Experts = 32,
-    k: opt.TopKOption = 4,
-    width: opt.Width = 512,
-    hidden: opt.Hidden = 512,
+    experts: opt.Experts = ONE_LAYER["experts"],
+    k: opt.TopKOption = ONE_LAYER["k"],
+    width: opt.Width = ONE_LAYER["width"],
+    hidden: opt.Hidden = ONE_LAYER["hidden"],
     dtypes: Annotated[
         str, typer.Option(help="Comma-separated: float32, bfloat16, float16.")
     ] = "float32,bfloat16",
@@ -124,6 +125,9 @@ def _shapes(
     device: str,
 ) -> list[LayerShape]:
     if tokens is None:
+        for name, value in (("experts", experts), ("k", k), ("width", width), ("hidden", hidden)):
+            if value != ONE_LAYER[name]:
+                raise SpecError(f"--{name} is for one layer, not for the grid; add --tokens")
         return grid(quick, dtypes, device)
     if k > experts:
         raise SpecError(f"--k is {k} and there are {experts} experts; k is at most that")

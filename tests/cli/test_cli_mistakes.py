@@ -386,6 +386,7 @@ def test_reproduce(moekit: Moekit, tmp_path: Path, name: str, said: str) -> None
         ("--tokens=4,x", "--tokens has 'x'"),
         ("--tokens=4 --experts=2 --k=3", "--k is 3"),
         ("--tokens=4 --width=0", "--width is 0"),
+        ("--width=256", "--width is for one layer"),
         ("--dtypes=float64", "known: float32, bfloat16, float16"),
         ("--dtypes=", "--dtypes is empty"),
         ("--mode=backward", "wanted one of forward, training, both"),
