@@ -20,7 +20,7 @@ from moekit.errors import SpecError
 from moekit.measure.layer_bench import OURS, LayerBench, LayerShape, LayerTiming, grid
 from moekit.measure.layer_bench_report import report, results
 from moekit.measure.merged_bench import Sizes, costs
-from moekit.measure.roofline import Limits
+from moekit.measure.roofline import LimitRuns
 from moekit.measure.zero_computation_bench import time_zero_computation
 
 EXAMPLES = """\
@@ -104,14 +104,16 @@ def _timings(
     seed: int,
     all_backends: bool,
 ) -> Iterator[LayerTiming]:
+    limit_runs = {
+        name: LimitRuns(device, getattr(torch, name)) for name in {s.dtype for s in shapes}
+    }
     for shape in shapes:
-        limits = Limits.measure(device, getattr(torch, shape.dtype))
         bench = LayerBench(shape, device, seed)
         for training in modes:
             names = set(bench.contenders(training))
             if not all_backends:
                 names -= set(OURS) - {"moekit"}
-            yield bench.time(limits, training, repeats, names)
+            yield bench.time(limit_runs[shape.dtype], training, repeats, names)
 
 
 def _shapes(

@@ -49,7 +49,7 @@ def results(
 
 
 def limits_of(timings: Sequence[LayerTiming]) -> dict[str, Limits]:
-    """By dtype, the median of the limits that were measured before each shape."""
+    """By dtype, the median of the limits that were measured beside each shape."""
     found: dict[str, list[Limits]] = {}
     for timing in timings:
         found.setdefault(timing.shape.dtype, []).append(timing.limits)
@@ -123,8 +123,8 @@ def _mode(timings: Sequence[LayerTiming], training: bool) -> list[Block]:
     blocks: list[Block] = [
         Text(
             "Medians of interleaved runs on the same weights, tokens and routing. The share is "
-            "that of the limit that binds, measured just before: operations at the rate of a "
-            "large product, or weights at the rate of reading memory."
+            "that of the limit that binds, measured in the same turns: operations at the rate of "
+            "a large product, or weights at the rate of reading memory."
         ),
         _times(timings, names, "Median times"),
         *([_times(graphed, names, "Median times of replayed CUDA graphs")] if graphed else []),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,26 +25,57 @@ class Limits:
     flops: float
     bandwidth: float
 
-    @classmethod
-    def measure(cls, device: torch.device, dtype: torch.dtype, size: int | None = None) -> Limits:
-        """Best of several large products, and of several passes over memory.
-
-        What is read is larger than any cache; weights that stay in one are read faster.
-
-        Args:
-            size: side of the product; by default 1024 on a CPU and 8192 elsewhere.
-        """
-        size = size or (1024 if device.type == "cpu" else 8192)
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        block = torch.ones(max(2**27, 16 * size * size), device=device)
-        product = min(seconds(lambda: a @ b, device) for _ in range(10))
-        reading = min(seconds(lambda: block.sum(), device) for _ in range(10))
-        return cls(2 * size**3 / product, block.numel() * block.element_size() / reading)
-
     def least_seconds(self, flops: float, bytes_moved: float) -> tuple[float, str]:
         """The time that work takes at least, and which limit binds: ``compute`` or ``memory``."""
         compute, memory = flops / self.flops, bytes_moved / self.bandwidth
         return (compute, "compute") if compute >= memory else (memory, "memory")
+
+
+class LimitRuns:
+    """Runs that meet the limits of a machine: a large square product, and a read of memory.
+
+    They are timed in turns with what is held against the limits: on a machine that others share,
+    both may have changed a minute later.
+
+    Each read is of the next part of a block that no cache holds; weights that stay in a cache are
+    read faster than this.
+
+    Args:
+        device: where they run.
+        dtype: of the product.
+        side: of its matrices; by default 1024 on a CPU and 8192 elsewhere.
+        part_bytes: of one read; by default 64 MiB on a CPU and 4 GiB elsewhere, where a read
+            must take long against its launch.
+    """
+
+    PRODUCT, READ = "product", "read of memory"
+    PARTS = 8
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        side: int | None = None,
+        part_bytes: int | None = None,
+    ) -> None:
+        on_cpu = device.type == "cpu"
+        self._side = side or (1024 if on_cpu else 8192)
+        count = (part_bytes or (2**26 if on_cpu else 2**32)) // torch.float32.itemsize
+        self._a, self._b = (
+            torch.randn(self._side, self._side, device=device, dtype=dtype) for _ in range(2)
+        )
+        self._parts = torch.ones(self.PARTS if on_cpu else 1, count, device=device)
+        self._next = itertools.cycle(self._parts)
+
+    @property
+    def runs(self) -> dict[str, Callable[[], Tensor]]:
+        """By name, for :func:`interleaved`."""
+        return {self.PRODUCT: lambda: self._a @ self._b, self.READ: lambda: next(self._next).sum()}
+
+    def limits(self, seconds: Mapping[str, float]) -> Limits:
+        """The limits by the times of :attr:`runs`."""
+        flops, read = 2.0 * self._side**3, self._parts[0].nbytes
+        return Limits(flops / seconds[self.PRODUCT], read / seconds[self.READ])
 
 
 def seconds(run: Callable[[], Tensor | None], device: torch.device) -> float:
@@ -56,7 +88,7 @@ def seconds(run: Callable[[], Tensor | None], device: torch.device) -> float:
 
 
 def interleaved(
-    runs: dict[str, Callable[[], Tensor | None]],
+    runs: Mapping[str, Callable[[], Tensor | None]],
     device: torch.device,
     repeats: int,
     least_seconds: float = 0.0,

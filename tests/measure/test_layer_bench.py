@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moekit.measure import Limits, grid, interleaved
+from moekit.measure import LimitRuns, Limits, grid, interleaved
 from moekit.measure.layer_bench import (
     BACKENDS,
     DENSE,
@@ -21,6 +22,7 @@ from moekit.measure.layer_bench import (
     THEIRS,
     LayerBench,
     LayerShape,
+    LayerTiming,
 )
 from moekit.measure.layer_bench_report import geometric_mean, limits_of, report, results
 from moekit.measure.merged_bench import Sizes, costs
@@ -29,6 +31,23 @@ from moekit.measure.zero_computation_bench import VANILLA, time_zero_computation
 CPU = torch.device("cpu")
 SHAPE = LayerShape(tokens=12, experts=4, k=2, width=16, hidden=24)
 LIMITS = Limits(flops=1e9, bandwidth=1e9)
+
+
+class KnownLimits(LimitRuns):
+    """Small runs, whatever they take."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU, torch.float32, side=8, part_bytes=64)
+
+    def limits(self, seconds: Mapping[str, float]) -> Limits:
+        assert min(seconds[name] for name in self.runs) > 0
+        return LIMITS
+
+
+def _time(
+    bench: LayerBench, training: bool, repeats: int, names: Iterable[str] | None = None
+) -> LayerTiming:
+    return bench.time(KnownLimits(), training, repeats, names, least_seconds=0.0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -60,7 +79,7 @@ def test_a_copy_of_every_weight_is_left_out_where_it_would_fill_the_memory() -> 
 
 def test_a_timing_says_what_was_kept_and_which_limit_binds() -> None:
     bench = LayerBench(SHAPE, CPU)
-    timing = bench.time(LIMITS, training=True, repeats=1)
+    timing = _time(bench, training=True, repeats=1)
     assert set(timing.seconds) == set(timing.peak_bytes) == set(timing.saved_bytes)
     assert all(value > 0 for value in timing.seconds.values())
     rows = SHAPE.k  # a token
@@ -75,16 +94,19 @@ def test_a_timing_says_what_was_kept_and_which_limit_binds() -> None:
 
 def test_memory_binds_where_rows_are_few() -> None:
     bench = LayerBench(LayerShape(1, 4, 2, 16, 24), CPU)
-    timing = bench.time(LIMITS, training=False, repeats=1, names=["moekit", *THEIRS])
+    timing = _time(bench, training=False, repeats=1, names=["moekit", *THEIRS])
     assert timing.bound == "memory"
     assert timing.least_seconds == pytest.approx(2 * 3 * 16 * 24 * 4 / 1e9)  # two experts, once
     assert timing.saved_bytes == {}
 
 
 def test_limits_are_measured() -> None:
-    limits = Limits.measure(CPU, torch.float32, size=64)
-    assert limits.flops > 0
-    assert limits.bandwidth > 0
+    """A product of side 64 in a second is 2 x 64^3 operations a second; a read of 4 KiB its own."""
+    runs = LimitRuns(CPU, torch.float32, side=64, part_bytes=4096)
+    assert runs.runs[LimitRuns.PRODUCT]().shape == (64, 64)
+    assert runs.runs[LimitRuns.READ]().item() == 1024  # ones
+    limits = runs.limits({LimitRuns.PRODUCT: 1.0, LimitRuns.READ: 0.5, "other": 3.0})
+    assert limits == Limits(2 * 64**3, 8192)
     assert limits.least_seconds(limits.flops, 0) == (1.0, "compute")
     assert limits.least_seconds(0, 2 * limits.bandwidth) == (2.0, "memory")
 
@@ -116,10 +138,10 @@ def test_no_runs_take_no_time() -> None:
     assert interleaved({}, CPU, repeats=2, least_seconds=60.0) == {}
 
 
-def test_limits_are_the_medians_of_what_was_measured_before_each_shape() -> None:
+def test_limits_are_the_medians_of_what_was_measured_beside_each_shape() -> None:
     bench = LayerBench(SHAPE, CPU)
     rates = (1e9, 5e9, 2e9)
-    timing = bench.time(LIMITS, training=False, repeats=1, names=["moekit", *THEIRS])
+    timing = _time(bench, training=False, repeats=1, names=["moekit", *THEIRS])
     assert timing.limits == LIMITS
     timings = [replace(timing, limits=Limits(rate, 2 * rate)) for rate in rates]
     assert limits_of(timings) == {"float32": Limits(2e9, 4e9)}
@@ -147,7 +169,7 @@ def test_zero_computation_rows_fall_with_tau() -> None:
 
 def test_results_and_page(tmp_path: Path) -> None:
     bench = LayerBench(SHAPE, CPU)
-    timings = [bench.time(LIMITS, training, repeats=1) for training in (False, True)]
+    timings = [_time(bench, training, repeats=1) for training in (False, True)]
     zero = time_zero_computation(CPU, width=8, hidden=8, tokens=16, taus=(1.0,), repeats=1)
     merged = costs(Sizes(8, 8, 2, 4), (1, 2), repeats=1)
     found = results(timings, zero, merged, {"device": "a machine"})
@@ -164,7 +186,7 @@ def test_results_and_page(tmp_path: Path) -> None:
 
 def test_the_geometric_mean() -> None:
     bench = LayerBench(SHAPE, CPU)
-    timing = bench.time(LIMITS, training=False, repeats=1, names=["moekit", *THEIRS])
+    timing = _time(bench, training=False, repeats=1, names=["moekit", *THEIRS])
     assert geometric_mean([]) is None
     mean = geometric_mean([timing, timing])
     assert mean is not None
