@@ -104,8 +104,11 @@ def test_limits_are_measured() -> None:
     """A product of side 64 in a second is 2 x 64^3 operations a second; a read of 4 KiB its own."""
     runs = LimitRuns(CPU, torch.float32, side=64, part_bytes=4096)
     assert runs.runs[LimitRuns.PRODUCT]().shape == (64, 64)
-    assert runs.runs[LimitRuns.READ]().item() == 1024  # ones
-    limits = runs.limits({LimitRuns.PRODUCT: 1.0, LimitRuns.READ: 0.5, "other": 3.0})
+    assert [runs.runs[name]().item() for name in LimitRuns.READS] == [1024] * 3  # ones
+    limits = runs.limits(
+        {LimitRuns.PRODUCT: 1.0, "other": 3.0}
+        | dict(zip(LimitRuns.READS, (9.0, 0.1, 0.5), strict=True))
+    )
     assert limits == Limits(2 * 64**3, 8192)
     assert limits.least_seconds(limits.flops, 0) == (1.0, "compute")
     assert limits.least_seconds(0, 2 * limits.bandwidth) == (2.0, "memory")
