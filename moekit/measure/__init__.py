@@ -20,7 +20,7 @@ from moekit.measure.multiple_choice import ChoiceItem, ChoiceScores, score_choic
 from moekit.measure.observe import Observation, observe, routing_statistics
 from moekit.measure.parameters import ParameterCounts, parameter_counts
 from moekit.measure.perplexity import TextLoss, text_loss
-from moekit.measure.roofline import LimitRuns, Limits, interleaved
+from moekit.measure.roofline import LimitRuns, Limits, alternating, interleaved
 from moekit.measure.statistics import LayerStatistics, ModelStatistics
 from moekit.measure.structure import LayerStructure
 from moekit.measure.token_types import TOKEN_TYPES, token_texts, token_type
@@ -62,6 +62,7 @@ __all__ = [
     "TokenUse",
     "TypeUse",
     "ZeroComputationTiming",
+    "alternating",
     "compare_expert_phase",
     "count_flops",
     "grid",

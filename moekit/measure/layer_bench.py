@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moekit.dispatch import Dropless
 from moekit.experts import FeedForwardExperts, SwiGLU
 from moekit.measure.memory import PeakMemory
-from moekit.measure.roofline import LimitRuns, Limits, captured, interleaved
+from moekit.measure.roofline import LimitRuns, Limits, alternating, captured, interleaved
 from moekit.measure.scattermoe import scattermoe
 from moekit.routing import Routing
 
@@ -35,7 +35,7 @@ RECOMPUTED = "transformers grouped_mm, recomputed"
 # These wait for the host in every run: to loop over experts, or to count their rows.
 WAITING = ("moekit loop", "transformers eager", SCATTERMOE)
 # Of timed runs at a shape: small ones, which little disturbs, take more turns than asked for.
-LEAST_SECONDS = 1.0
+LEAST_SECONDS = 0.6
 # Bytes of weights beyond which batched_mm, which copies an expert a row, is left out.
 LARGEST_COPY = 2**31
 
@@ -83,7 +83,7 @@ class LayerTiming:
         seconds: median time of each contender.
         peak_bytes: memory that each one's run added at its highest.
         saved_bytes: bytes a token kept for the backward pass, weights left out; training only.
-        limits: what the machine could do, by medians of runs in the same turns.
+        limits: what the machine could do meanwhile, by medians of runs.
         least_seconds: the limit for this work: operations at the rate of a large
             product, or weights (and in training their gradients) at the rate of reading memory.
         bound: which of the two it is, ``compute`` or ``memory``.
@@ -182,18 +182,19 @@ class LayerBench:
         names: Iterable[str] | None = None,
         least_seconds: float = LEAST_SECONDS,
     ) -> LayerTiming:
-        """Time all contenders and the limits, which take turns, and measure the memory of each.
+        """Time all contenders, which take turns, and the limits, and measure the memory of each.
 
         Args:
             limit_runs: of this device and dtype.
             training: with the backward pass.
             repeats: least turns.
             names: of the contenders; by default all.
-            least_seconds: of all turns together; further ones follow until it is reached.
+            least_seconds: of all turns together; further ones follow until it is reached. The
+                limits get as many again.
         """
         contenders = self.contenders(training, names)
         runs = {name: self._call(run, training) for name, run in contenders.items()}
-        taken = interleaved({**runs, **limit_runs.runs}, self.device, repeats, least_seconds)
+        taken = alternating((runs, limit_runs.runs), self.device, repeats, least_seconds)
         seconds, limits = {name: taken[name] for name in runs}, limit_runs.limits(taken)
         least, bound = limits.least_seconds(*self._work(training))
         saved = {name: self.saved_bytes(run) for name, run in contenders.items() if training}

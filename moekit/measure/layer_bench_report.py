@@ -123,7 +123,7 @@ def _mode(timings: Sequence[LayerTiming], training: bool) -> list[Block]:
     blocks: list[Block] = [
         Text(
             "Medians of interleaved runs on the same weights, tokens and routing. The share is "
-            "that of the limit that binds, measured in the same turns: operations at the rate of "
+            "that of the limit that binds, measured between these runs: operations at the rate of "
             "a large product, or weights at the rate of reading memory."
         ),
         _times(timings, names, "Median times"),

@@ -6,7 +6,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +34,8 @@ class Limits:
 class LimitRuns:
     """Runs that meet the limits of a machine: a large square product, and a read of memory.
 
-    They are timed in turns with what is held against the limits: on a machine that others share,
-    both may have changed a minute later. Memory is read more than once a round, since others'
-    work disturbs it most. Each read is of the next part of a block that no cache holds; weights
-    that stay in a cache are read faster than this.
+    Each read is of the next part of a block that no cache holds; weights that stay in a cache are
+    read faster than this.
 
     Args:
         device: where they run.
@@ -47,8 +45,7 @@ class LimitRuns:
             must take long against its launch.
     """
 
-    PRODUCT = "product"
-    READS = tuple(f"read of memory {turn}" for turn in (1, 2, 3))
+    PRODUCT, READ = "product", "read of memory"
     PARTS = 8
 
     def __init__(
@@ -70,16 +67,12 @@ class LimitRuns:
     @property
     def runs(self) -> dict[str, Callable[[], Tensor]]:
         """By name, for :func:`interleaved`."""
-        reads = dict.fromkeys(self.READS, lambda: next(self._next).sum())
-        return {self.PRODUCT: lambda: self._a @ self._b, **reads}
+        return {self.PRODUCT: lambda: self._a @ self._b, self.READ: lambda: next(self._next).sum()}
 
     def limits(self, seconds: Mapping[str, float]) -> Limits:
         """The limits by the times of :attr:`runs`."""
         flops, read = 2.0 * self._side**3, self._parts[0].nbytes
-        return Limits(
-            flops / seconds[self.PRODUCT],
-            read / statistics.median(seconds[name] for name in self.READS),
-        )
+        return Limits(flops / seconds[self.PRODUCT], read / seconds[self.READ])
 
 
 def seconds(run: Callable[[], Tensor | None], device: torch.device) -> float:
@@ -91,11 +84,40 @@ def seconds(run: Callable[[], Tensor | None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(
-    runs: Mapping[str, Callable[[], Tensor | None]],
+Runs = Mapping[str, Callable[[], Tensor | None]]
+
+
+def alternating(
+    sets: Sequence[Runs],
     device: torch.device,
     repeats: int,
     least_seconds: float = 0.0,
+    spells: int = 3,
+) -> dict[str, float]:
+    """The median time of each run of all sets, which take turns by set in a few spells.
+
+    For sets that must not disturb each other, but are to be compared: on a machine that others
+    share, what was measured a minute ago may hold no more, and what reads much memory leaves
+    nothing in the caches for those who run next.
+
+    Args:
+        sets: what is timed, by names of which none is in two sets.
+        device: what is waited for at the end of each run.
+        repeats: least turns of each run.
+        least_seconds: of timed runs of a set together.
+        spells: of each set; an untimed round begins each.
+    """
+    found: dict[str, list[float]] = {name: [] for runs in sets for name in runs}
+    for _ in range(spells):
+        for runs in sets:
+            times = _turns(runs, device, -(-repeats // spells), least_seconds / spells)
+            for name, some in times.items():
+                found[name] += some
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def interleaved(
+    runs: Runs, device: torch.device, repeats: int, least_seconds: float = 0.0
 ) -> dict[str, float]:
     """The median time of each run; they take turns, in another random order each round.
 
@@ -109,6 +131,13 @@ def interleaved(
         repeats: rounds.
         least_seconds: of timed runs together; further rounds follow until it is reached.
     """
+    times = _turns(runs, device, repeats, least_seconds)
+    return {name: statistics.median(some) for name, some in times.items()}
+
+
+def _turns(
+    runs: Runs, device: torch.device, repeats: int, least_seconds: float
+) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -121,7 +150,7 @@ def interleaved(
             found[name].append(time_taken)
             spent += time_taken
         rounds += 1
-    return {name: statistics.median(times) for name, times in found.items()}
+    return found
 
 
 def captured(run: Callable[[], Tensor | None]) -> Callable[[], None] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moekit.measure import LimitRuns, Limits, grid, interleaved
+from moekit.measure import LimitRuns, Limits, alternating, grid, interleaved, roofline
 from moekit.measure.layer_bench import (
     BACKENDS,
     DENSE,
@@ -104,11 +104,8 @@ def test_limits_are_measured() -> None:
     """A product of side 64 in a second is 2 x 64^3 operations a second; a read of 4 KiB its own."""
     runs = LimitRuns(CPU, torch.float32, side=64, part_bytes=4096)
     assert runs.runs[LimitRuns.PRODUCT]().shape == (64, 64)
-    assert [runs.runs[name]().item() for name in LimitRuns.READS] == [1024] * 3  # ones
-    limits = runs.limits(
-        {LimitRuns.PRODUCT: 1.0, "other": 3.0}
-        | dict(zip(LimitRuns.READS, (9.0, 0.1, 0.5), strict=True))
-    )
+    assert runs.runs[LimitRuns.READ]().item() == 1024  # ones
+    limits = runs.limits({LimitRuns.PRODUCT: 1.0, LimitRuns.READ: 0.5, "other": 3.0})
     assert limits == Limits(2 * 64**3, 8192)
     assert limits.least_seconds(limits.flops, 0) == (1.0, "compute")
     assert limits.least_seconds(0, 2 * limits.bandwidth) == (2.0, "memory")
@@ -123,6 +120,24 @@ def test_runs_take_turns_and_none_always_follows_the_same_other() -> None:
     assert {pair for pair in itertools.pairwise(order) if pair[0] != pair[1]} == {
         (x, y) for x in "abc" for y in "abc" if x != y
     }
+
+
+def test_sets_alternate_and_begin_untimed() -> None:
+    """Two spells of two turns: each begins with a round that may find cold caches."""
+    order: list[str] = []
+    sets = [{n: lambda n=n: order.append(n) for n in names} for names in ("ab", "c")]
+    found = alternating(sets, CPU, repeats=3, spells=2)
+    assert set(found) == {"a", "b", "c"}
+    spell = 3 * 2 * ["of the first"] + 3 * ["of the second"]  # one round untimed, two timed
+    assert ["of the second" if n == "c" else "of the first" for n in order] == 2 * spell
+    assert order.count("a") == order.count("b") == order.count("c") == 6
+
+
+def test_medians_are_of_all_spells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is slow for one spell of three is slow for a third of the turns."""
+    times = iter([1.0, 2.0, 9.0, 8.0, 3.0, 4.0])
+    monkeypatch.setattr(roofline, "seconds", lambda *_: next(times))
+    assert alternating([{"a": lambda: None}], CPU, repeats=6) == {"a": 3.5}
 
 
 def test_short_runs_take_more_turns() -> None:
