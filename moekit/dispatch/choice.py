@@ -35,6 +35,9 @@ SMALL_EXPERT = 2**16
 LITTLE_WORK = 2**21
 LITTLE_WORK_IN_HALF = 2**26
 
+# Tensors that have their numbers where they say.
+PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
 _BY_NAME: dict[str, type[Backend]] = {kind.name: kind for kind in (Streamed, FewRows, Grouped)}
 
 logger = logging.getLogger(__name__)
@@ -65,7 +68,8 @@ class Choice:
         """
         if self.name == "loop" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return None
-        if isinstance(plan.groups, PaddedGroups) or not _plain(x_ND, bank):
+        plain = {type(x_ND), *map(type, bank.tensors)} <= PLAIN and not x_ND.is_meta
+        if not plain or isinstance(plan.groups, PaddedGroups):
             return None
         found = self._find(x_ND, plan, bank)
         self._log(found, x_ND)
@@ -134,18 +138,13 @@ def _nvidia(device: torch.device) -> bool:
 
 def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend:
     """The backend for these sizes; looks at no number on the device."""
-    if x_ND.device.type == "cuda":
-        return _triton(x_ND) or Grouped()
-    if x_ND.device.type != "cpu":
-        return Grouped()
+    if not x_ND.is_cpu:
+        return (_triton(x_ND) if x_ND.is_cuda else None) or Grouped()
     experts, inner, width = bank.up_EJD.shape
     rows = plan.assignment_R.shape[0]
     rows_an_expert = rows / max(1, min(rows, experts))
     whole = x_ND.dtype in (torch.float32, torch.float64)
-    training = _training(x_ND, bank)
-    few = NATIVE_IN_HALF_TRAINING if training else NATIVE_IN_HALF
-    ahead = whole or rows_an_expert <= few or Native.in_pairs(bank, rows_an_expert, training)
-    if ahead and Native.takes(x_ND, bank):
+    if (whole or _native_ahead(x_ND, bank, rows_an_expert)) and Native.takes(x_ND, bank):
         return Native()
     if whole and rows_an_expert <= FEW and inner * width >= SMALL_EXPERT:
         return FewRows()
@@ -153,12 +152,12 @@ def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend:
     return Streamed() if rows_an_expert * inner * width >= little else Grouped()
 
 
-def _training(x_ND: Tensor, bank: FeedForward) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in (x_ND, *bank.tensors))
-
-
-def _plain(x_ND: Tensor, bank: FeedForward) -> bool:
-    kinds = (Tensor, torch.nn.Parameter, type(None))
-    return not x_ND.is_meta and all(type(t) in kinds for t in (x_ND, *bank.tensors))
+def _native_ahead(x_ND: Tensor, bank: FeedForward, rows_an_expert: float) -> bool:
+    """Whether our own kernels are the fastest in half precision, if they take it."""
+    if rows_an_expert <= NATIVE_IN_HALF_TRAINING:
+        return True
+    inputs = (x_ND, *bank.tensors)
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if not training and rows_an_expert <= NATIVE_IN_HALF:
+        return True
+    return Native.in_pairs(bank, rows_an_expert, training)

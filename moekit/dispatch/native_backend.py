@@ -17,7 +17,7 @@ from moekit.dispatch.plan import Plan
 from moekit.experts.activation import GatedSiLU
 from moekit.experts.experts import FeedForward
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = ({torch.float32}, {torch.bfloat16})  # of all operands
 # Work, in multiply-adds, below which one thread is done before a second one is awake.
 ONE_THREAD = 2**20
 ONE_THREAD_WRITES = 2**18  # bytes of gradients, likewise
@@ -35,11 +35,10 @@ class Native(Backend):
     @staticmethod
     def takes(x_ND: Tensor, bank: FeedForward) -> bool:
         """Whether the kernels are there, and for these tensors."""
-        weights = (bank.up_EJD, bank.down_EOH)
-        fits = x_ND.dtype in DTYPES and isinstance(bank.activation, GatedSiLU)
-        alike = all(t is None or t.dtype == x_ND.dtype for t in bank.tensors)
-        laid = all(weight.stride(2) == 1 for weight in weights)
-        return x_ND.device.type == "cpu" and fits and alike and laid and library() is not None
+        dtypes = {x_ND.dtype, *[t.dtype for t in bank.tensors if t is not None]}
+        fits = dtypes in DTYPES and isinstance(bank.activation, GatedSiLU)
+        laid = bank.up_EJD.stride(2) == bank.down_EOH.stride(2) == 1
+        return x_ND.is_cpu and fits and laid and library() is not None
 
     @staticmethod
     def in_pairs(bank: FeedForward, rows_an_expert: float, training: bool) -> bool:
@@ -155,7 +154,11 @@ class NativeCall:
         }
         self.give("count_E", plan.groups.count_E.contiguous())
         self.give("assignment_R", plan.assignment_R.contiguous())
-        self.give("weight_NK", plan.weight_NK.float().contiguous())
+        weight_NK = plan.weight_NK.contiguous()
+        if weight_NK.dtype != torch.float32:
+            self.fields["half_weights"] = weight_NK.dtype == torch.bfloat16
+            weight_NK = weight_NK if self.fields["half_weights"] else weight_NK.float()
+        self.give("weight_NK", weight_NK)
         self.give_rows("x_ND", "x_ld", x_ND)
         self.give("up_EJD", up_EJD)
         self.give("down_EOH", down_EOH)

@@ -17,7 +17,8 @@
 struct Call {
   Size threads, tokens, slots, rows, experts, width, hidden, out_width;
   const Size *count_E, *assignment_R;
-  const float* weight_NK;
+  const void* weight_NK;
+  Size half_weights;  // whether they are bfloat16, and not float32
   const void* x_ND;
   Size x_ld;
   const void* up_EJD;
@@ -64,10 +65,31 @@ class Layout {
   Size experts_, used_count_ = 0;
 };
 
+// The combine weights in float32.
+class CombineWeights {
+ public:
+  explicit CombineWeights(const Call& call)
+      : memory_(call.half_weights ? call.tokens * call.slots : 0),
+        data_(static_cast<const float*>(call.weight_NK)) {
+    if (!call.half_weights) return;
+    const bfloat16* half = static_cast<const bfloat16*>(call.weight_NK);
+    each_vector(call.tokens * call.slots, [&](Size i, Size count) {
+      store_some(memory_.get() + i, load_some(half + i, count), count);
+    });
+    data_ = memory_.get();
+  }
+  const float* get() const { return data_; }
+
+ private:
+  Room<float> memory_;
+  const float* data_;
+};
+
 template <class T>
 void forward_pass(const Call& call) {
   const Layout layout(call);
   const Groups groups = layout.groups();
+  const CombineWeights weights(call);
   const T* x_ND = static_cast<const T*>(call.x_ND);
   const Stack<T> up = {static_cast<const T*>(call.up_EJD), call.up_expert, call.up_ld};
   const Stack<T> down = {static_cast<const T*>(call.down_EOH), call.down_expert, call.down_ld};
@@ -109,7 +131,7 @@ void forward_pass(const Call& call) {
             });
           });
     });
-    combine(call.tokens, call.slots, layout.place(), call.weight_NK, out_RO, out_width,
+    combine(call.tokens, call.slots, layout.place(), weights.get(), out_RO, out_width,
             static_cast<T*>(call.y_NO));
   }
 }
@@ -150,6 +172,7 @@ template <class T>
 void backward_pass(const Call& call) {
   const Layout layout(call);
   const Groups groups = layout.groups();
+  const CombineWeights weights(call);
   const Stack<T> up = {static_cast<const T*>(call.up_EJD), call.up_expert, call.up_ld};
   const Stack<T> down = {static_cast<const T*>(call.down_EOH), call.down_expert, call.down_ld};
   const T* inner_RJ = static_cast<const T*>(call.inner_RJ);
@@ -173,7 +196,7 @@ void backward_pass(const Call& call) {
     for (Size r = 0; r < rows; ++r) {
       const Size slot = call.assignment_R[r];
       call.grad_NK[slot] =
-          pull_back(hidden, inner_RJ + 2 * r * hidden, back_RH + r * hidden, call.weight_NK[slot],
+          pull_back(hidden, inner_RJ + 2 * r * hidden, back_RH + r * hidden, weights.get()[slot],
                     scaled_RH + r * hidden, back_RJ + 2 * r * hidden);
     }
     T* grad_up_EJD = static_cast<T*>(call.grad_up_EJD);
@@ -204,6 +227,7 @@ bool pairs_take(Size width, Size hidden, Size out_width) {
 // What a run of experts leaves between the products of its backward pass.
 struct Between {
   bfloat16* back_RJ;   // gradient before the activation, from the run's first row on
+  const float* weight_NK;
   float* grad_RB;      // the router's gradient, from each block of columns, likewise
   Panels<WIDE> scaled; // s A
   Panels<LEFT> back;   // the gradient before the activation
@@ -228,7 +252,7 @@ inline void pull_back_pairs(const Call& call, Size e, Size r, Size m, Size first
         const bfloat16* inner = inner_RJ + 2 * row * hidden;
         const Vector gate = load(inner + place), up = load(inner + hidden + place);
         const Vector back = load(sums + (i + j) * WIDE + c), share = sigmoid(gate, bfloat16{});
-        const Vector passed = gate * share, weight = splat(call.weight_NK[call.assignment_R[row]]);
+        const Vector passed = gate * share, weight = splat(to.weight_NK[call.assignment_R[row]]);
         total[j] += back * passed * up;
         scaled[j] = weight * passed * up;
         gates[j] = weight * back * up * share * (1.f + gate * (1.f - share));
@@ -248,6 +272,7 @@ inline void pull_back_pairs(const Call& call, Size e, Size r, Size m, Size first
 void backward_pass_in_pairs(const Call& call) {
   const Layout layout(call);
   const Groups groups = layout.groups();
+  const CombineWeights weights(call);
   const Stack<bfloat16> up = {static_cast<const bfloat16*>(call.up_EJD), call.up_expert,
                               call.up_ld};
   const Stack<bfloat16> down = {static_cast<const bfloat16*>(call.down_EOH), call.down_expert,
@@ -284,8 +309,8 @@ void backward_pass_in_pairs(const Call& call) {
       };
       const Panels<LEFT> grad = left(grads.get(), out_width);
       const Panels<WIDE> x = right(xs.get(), width);
-      const Between between = {back_RJ.get(), grad_RB.get(), right(scaled.get(), hidden),
-                               left(backs.get(), inner)};
+      const Between between = {back_RJ.get(), weights.get(), grad_RB.get(),
+                               right(scaled.get(), hidden), left(backs.get(), inner)};
       if (grad_down_EOH) put_rows(run, grad_row, out_width, grad);
       if (grad_up_EJD) put_rows(run, x_row, width, x);
       paired_back_products(run, grad_row, down, hidden, out_width,

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 # addresses, each of eight bytes.
 FIELDS = (
     *("threads", "tokens", "slots", "rows", "experts", "width", "hidden", "out_width"),
-    *("count_E", "assignment_R", "weight_NK", "x_ND", "x_ld"),
+    *("count_E", "assignment_R", "weight_NK", "half_weights", "x_ND", "x_ld"),
     *("up_EJD", "up_expert", "up_ld", "down_EOH", "down_expert", "down_ld"),
     *("up_bias_EJ", "down_bias_EO", "inner_RJ", "y_NO", "grad_NO", "grad_ld"),
     *("in_pairs", "cleared"),
@@ -69,7 +69,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def sorted_ids(ids: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
-    """The order that sorts ids (R,) of ``0 … size - 1``, stable, and how often each occurs (size,).
+    """The order that sorts R ids of ``0 … size - 1``, stable, and how often each occurs (size,).
 
     None where this process has not loaded the kernels: nothing is compiled for this alone.
 
@@ -79,10 +79,10 @@ def sorted_ids(ids: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
     kernels = library() if library.cache_info().currsize else None
     if kernels is None or ids.dtype != torch.int64:
         return None
-    ids = ids.contiguous()
-    order, counts = torch.empty_like(ids), torch.empty(size, dtype=torch.int64)
+    ids, rows = ids.contiguous(), ids.numel()
+    order, counts = torch.empty(rows, dtype=torch.int64), torch.empty(size, dtype=torch.int64)
     pointers = ids.data_ptr(), size, order.data_ptr(), counts.data_ptr()
-    if kernels.moekit_sort_ids(ids.shape[0], *pointers):
+    if kernels.moekit_sort_ids(rows, *pointers):
         raise IndexError(f"an id is not one of 0 to {size - 1}")
     return order, counts
 

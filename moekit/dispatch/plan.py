@@ -118,11 +118,10 @@ def plan_rows(
     the ranges cover every expert.
     """
     experts = sum(stop - start for start, stop in ranges)
-    local = _local_ids(routing, ranges, experts).flatten()
     if routing.full and experts == routing.experts:
-        assignment_R, count_E = _by_expert(local, experts)
+        assignment_R, count_E = _by_expert(routing.expert_NK, experts)
         return Plan(assignment_R, routing.weight_NK, groups(count_E), every=True)
-    order, count = _by_expert(local, experts + 1)
+    order, count = _by_expert(_local_ids(routing, ranges, experts), experts + 1)
     count_E = count[:experts]
     return Plan(order[: int(count_E.sum())], routing.weight_NK, groups(count_E), every=False)
 
@@ -134,7 +133,7 @@ def plan_places(routing: Routing, ranges: list[tuple[int, int]], places: int) ->
     an expert: see :mod:`moekit.dispatch.capacity`.
     """
     experts = sum(stop - start for start, stop in ranges)
-    local = _local_ids(routing, ranges, experts).flatten()
+    local = _local_ids(routing, ranges, experts)
     order, count = _by_expert(local, experts + 1)
     count_E = count[:experts]
     start_E = count_E.cumsum(0) - count_E
@@ -148,10 +147,10 @@ def plan_places(routing: Routing, ranges: list[tuple[int, int]], places: int) ->
     return Plan(assignment_EC.flatten(), routing.weight_NK, groups, every=False)
 
 
-def _by_expert(local: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _by_expert(local_NK: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The order that sorts assignments by local id, stable, and how many have each (size,)."""
-    found = sorted_ids(local, size) if is_here(local) else None
-    return found or (sort_ids(local, size), count_ids(local, size))
+    found = sorted_ids(local_NK, size) if is_here(local_NK) else None
+    return found or (sort_ids(local_NK.flatten(), size), count_ids(local_NK.flatten(), size))
 
 
 def _local_ids(routing: Routing, ranges: list[tuple[int, int]], experts: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,7 @@ class ExpertsSpec(Spec):
         """Refuse a bank whose dispatched experts cannot be merged, for want of a common shape."""
 
 
-@dataclass(frozen=True)
-class FeedForward:
+class FeedForward(NamedTuple):
     """Feed-forward experts as tensors, for kernels that run more than one step at once.
 
     Attributes:
@@ -143,13 +142,11 @@ class Experts(nn.Module):
 
     def runs_as(self, kind: type[Experts]) -> bool:
         """Whether a call of this module is ``kind.forward`` and nothing else: no hook, no patch."""
-        hooked = any(
-            (
-                self._forward_hooks,
-                self._forward_pre_hooks,
-                self._backward_hooks,
-                self._backward_pre_hooks,
-            )
+        hooked = (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
         )
         return not hooked and "forward" not in vars(self) and type(self).forward is kind.forward
 

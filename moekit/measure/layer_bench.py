@@ -194,21 +194,24 @@ class LayerBench:
         """
         contenders = self.contenders(training, names)
         runs = {name: self._call(run, training) for name, run in contenders.items()}
-        taken = alternating((runs, limit_runs.runs), self.device, repeats, least_seconds)
+        with torch.set_grad_enabled(training):  # once, as models do
+            taken = alternating((runs, limit_runs.runs), self.device, repeats, least_seconds)
+            peaks = {name: self._peak(run) for name, run in runs.items()}
+            graphed = self.device.type == "cuda" and not training
+            graph_seconds = self._graphed(runs, repeats, least_seconds) if graphed else {}
         seconds, limits = {name: taken[name] for name in runs}, limit_runs.limits(taken)
         least, bound = limits.least_seconds(*self._work(training))
         saved = {name: self.saved_bytes(run) for name, run in contenders.items() if training}
-        graphed = self.device.type == "cuda" and not training
         return LayerTiming(
             self.shape,
             training,
             seconds,
-            {name: self._peak(run) for name, run in runs.items()},
+            peaks,
             {name: count / self.shape.tokens for name, count in saved.items()},
             limits,
             least,
             bound,
-            self._graphed(runs, repeats, least_seconds) if graphed else {},
+            graph_seconds,
         )
 
     def _graphed(
@@ -252,7 +255,7 @@ class LayerBench:
 
     def _call(self, run: Run, training: bool) -> Callable[[], Tensor | None]:
         if not training:
-            return lambda: self._inference(run)
+            return lambda: run(self.x_ND, self.weight_NK)
         cotangent = torch.randn_like(self.x_ND)
 
         def step() -> None:
@@ -261,10 +264,6 @@ class LayerBench:
             run(*self._leaves()).backward(cotangent)
 
         return step
-
-    @torch.no_grad()
-    def _inference(self, run: Run) -> Tensor:
-        return run(self.x_ND, self.weight_NK)
 
     def _peak(self, run: Callable[[], Tensor | None]) -> int:
         with PeakMemory(self.device) as before:

@@ -133,7 +133,7 @@ def test_the_activation_over_its_whole_range(size: float) -> None:
     x_ND = torch.linspace(-size, size, 333)[:, None]
     problem = Problem(tokens=333, experts=1, k=1, width=1, hidden=1)
     _, weight_NK, bank = problem.inputs(torch.float32, "cpu")
-    one = replace(bank, up_EJD=torch.ones(1, 2, 1), down_EOH=torch.ones(1, 1, 1))
+    one = bank._replace(up_EJD=torch.ones(1, 2, 1), down_EOH=torch.ones(1, 1, 1))
     plan = problem.plan(problem.experts_NK(), torch.ones_like(weight_NK))
     y_NO, _ = Native().forward(x_ND, plan, one, keep=False)
     exact = torch.nn.functional.silu(x_ND.double()) * x_ND.double()
@@ -161,7 +161,7 @@ def test_weights_that_are_slices_of_larger_ones() -> None:
     wanted, _ = Native().forward(x_ND, plan, bank, keep=False)
     padded = [torch.nn.functional.pad(t, (0, 3, 0, 2)) for t in (bank.up_EJD, bank.down_EOH)]
     up, down = padded[0][:, :-2, :-3], padded[1][:, :-2, :-3]
-    given, _ = Native().forward(x_ND, plan, replace(bank, up_EJD=up, down_EOH=down), keep=False)
+    given, _ = Native().forward(x_ND, plan, bank._replace(up_EJD=up, down_EOH=down), keep=False)
     assert torch.equal(given, wanted)
 
 
@@ -218,7 +218,7 @@ def test_gates_of_any_size(tokens: int, dtype: torch.dtype) -> None:
     down_OH = torch.zeros(2, 16)
     down_OH[0, 3], down_OH[1, 15] = 1.0, 1.0
     _, _, bank = problem.inputs(dtype, "cpu")
-    held = replace(bank, up_EJD=up_JD[None].to(dtype), down_EOH=down_OH[None].to(dtype))
+    held = bank._replace(up_EJD=up_JD[None].to(dtype), down_EOH=down_OH[None].to(dtype))
     plan = problem.plan(torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1).to(dtype))
     y_NO = feed_forward(x_ND, plan, held, Native())
     gate_N = x_ND[:, 0].double()
@@ -237,7 +237,7 @@ def test_gradients_in_pairs_of_some_tensors_alone(wanted: int) -> None:
     padded = [torch.nn.functional.pad(t, (0, 3, 0, 2)) for t in (bank.up_EJD, bank.down_EOH)]
     leaves = [x_ND.T.contiguous().T, padded[0][:, :-2, :-3], padded[1][:, :-2, :-3]]
     leaves[wanted] = leaves[wanted].requires_grad_()
-    held = replace(bank, up_EJD=leaves[1], down_EOH=leaves[2])
+    held = bank._replace(up_EJD=leaves[1], down_EOH=leaves[2])
     cotangent_NO = x_ND.flip(0)[:1].expand_as(x_ND)
     found = []
     for backend in (Native(), None):
