@@ -166,6 +166,25 @@ def test_weights_that_are_slices_of_larger_ones() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("of_weights", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_combine_weights_of_another_dtype(dtype: torch.dtype, of_weights: torch.dtype) -> None:
+    """Results are those of the same weights in float32, and the gradient has their dtype."""
+    problem = replace(PLAIN, tokens=7, k=3, unused=0.2)  # 21 slots: no whole number of vectors
+    x_ND, weight_NK, bank = problem.inputs(dtype, "cpu")
+    expert_NK, cotangent = problem.experts_NK(), torch.randn(7, problem.width).to(dtype)
+    weight_NK = weight_NK.to(of_weights)
+    found = []
+    for weights in (weight_NK, weight_NK.float()):
+        weights.requires_grad_()
+        y_NO = feed_forward(x_ND, problem.plan(expert_NK, weights), bank, Native())
+        found.append((y_NO, *torch.autograd.grad(y_NO, weights, cotangent)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1].dtype == of_weights
+    assert torch.equal(found[0][1], found[1][1].to(of_weights))
+
+
+@needs_kernels
 def test_what_is_chosen() -> None:
     crowd = Problem(tokens=3 * NATIVE_IN_HALF, experts=2, k=1, hidden=17)  # no pairs
     some = Problem(tokens=NATIVE_IN_HALF, experts=2, k=1)
