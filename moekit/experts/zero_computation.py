@@ -106,9 +106,9 @@ class ConstantExperts(_DirectExperts):
         nn.init.normal_(self.constant, std=1.0)  # as the released model
 
     def direct(self, x_ND: Tensor, weight_NE: Tensor) -> Tensor:
-        count = self.constant.shape[0]
-        logits_NE2 = (x_ND @ self.mix_proj.flatten(0, 1).T).unflatten(1, (count, 2))
-        mix_NE2 = logits_NE2.softmax(-1, dtype=torch.promote_types(x_ND.dtype, torch.float32))
-        share_NE2 = mix_NE2 * weight_NE[..., None]
-        kept_N1 = share_NE2[..., 0].sum(1, keepdim=True).to(x_ND.dtype)
-        return kept_N1 * x_ND + share_NE2[..., 1].to(x_ND.dtype) @ self.constant
+        # A softmax of two is the sigmoid of their difference.
+        gap_ED = self.mix_proj[:, 0] - self.mix_proj[:, 1]
+        gap_NE = (x_ND @ gap_ED.T).to(torch.promote_types(x_ND.dtype, torch.float32))
+        kept_NE = weight_NE * gap_NE.sigmoid()
+        replaced_ND = (weight_NE - kept_NE).to(x_ND.dtype) @ self.constant
+        return torch.addcmul(replaced_ND, kept_NE.sum(1, keepdim=True).to(x_ND.dtype), x_ND)
