@@ -20,7 +20,7 @@ from moekit.dispatch.plan import Plan
 from moekit.dispatch.streamed import Streamed
 from moekit.errors import SpecError
 from moekit.experts.experts import FeedForward
-from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
+from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups, autocast_dtype
 
 BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "triton", "loop"]
 
@@ -64,29 +64,30 @@ class Choice:
 
         Those serve the loop, which is the oracle; tracing and compiling; modes that look at every
         operation, such as counters of FLOPs; padded rows; and tensors that are no plain ones (meta,
-        fake, distributed).
+        fake, distributed). What counts is the dtype that autocast gives the operands.
         """
         if self.name == "loop" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return None
         plain = {type(x_ND), *map(type, bank.tensors)} <= PLAIN and not x_ND.is_meta
         if not plain or isinstance(plan.groups, PaddedGroups):
             return None
-        found = self._find(x_ND, plan, bank)
-        self._log(found, x_ND)
+        dtype = autocast_dtype(x_ND)
+        found = self._find(x_ND, plan, bank, dtype)
+        self._log(found, x_ND, dtype)
         return found
 
-    def _find(self, x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend:
+    def _find(self, x_ND: Tensor, plan: Plan, bank: FeedForward, dtype: torch.dtype) -> Backend:
         match self.name:
             case "auto":
-                return _fastest(x_ND, plan, bank)
+                return _fastest(x_ND, plan, bank, dtype)
             case "native":
                 return _asked_native(x_ND, bank)
             case "triton":
-                return _asked_triton(x_ND)
+                return _asked_triton(x_ND, dtype)
         return _BY_NAME[self.name]()
 
-    def _log(self, found: Backend, x_ND: Tensor) -> None:
-        chosen = (found.name, x_ND.device.type, x_ND.dtype)
+    def _log(self, found: Backend, x_ND: Tensor, dtype: torch.dtype) -> None:
+        chosen = (found.name, x_ND.device.type, dtype)
         if chosen not in self._logged:
             self._logged.add(chosen)
             logger.info("experts run through %s (%s, %s)", *chosen)
@@ -102,8 +103,8 @@ def _asked_native(x_ND: Tensor, bank: FeedForward) -> Backend:
     return Native() if Native.takes(x_ND, bank) else Streamed()
 
 
-def _asked_triton(x_ND: Tensor) -> Backend:
-    found = _triton(x_ND)
+def _asked_triton(x_ND: Tensor, dtype: torch.dtype) -> Backend:
+    found = _triton(x_ND, dtype)
     if found is None:
         raise SpecError(
             f"backend='triton' was asked for on {x_ND.device}; it needs the package triton and an "
@@ -113,7 +114,7 @@ def _asked_triton(x_ND: Tensor) -> Backend:
     return found
 
 
-def _triton(x_ND: Tensor) -> Backend | None:
+def _triton(x_ND: Tensor, dtype: torch.dtype) -> Backend | None:
     """The kernels, or grouped products for a dtype that they do not take; None where they cannot
     run.
 
@@ -127,7 +128,7 @@ def _triton(x_ND: Tensor) -> Backend | None:
     on_device = x_ND.device.type == "cuda" and _nvidia(x_ND.device)
     if not (on_device or INTERPRETED):
         return None
-    return Triton() if x_ND.dtype in DTYPES else Grouped()
+    return Triton() if dtype in DTYPES else Grouped()
 
 
 @cache
@@ -136,14 +137,14 @@ def _nvidia(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend:
-    """The backend for these sizes; looks at no number on the device."""
+def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward, dtype: torch.dtype) -> Backend:
+    """The backend for these sizes and this dtype; looks at no number on the device."""
     if not x_ND.is_cpu:
-        return (_triton(x_ND) if x_ND.is_cuda else None) or Grouped()
+        return (_triton(x_ND, dtype) if x_ND.is_cuda else None) or Grouped()
     experts, inner, width = bank.up_EJD.shape
     rows = plan.assignment_R.shape[0]
     rows_an_expert = rows / max(1, min(rows, experts))
-    whole = x_ND.dtype in (torch.float32, torch.float64)
+    whole = dtype in (torch.float32, torch.float64)
     if (whole or _native_ahead(x_ND, bank, rows_an_expert)) and Native.takes(x_ND, bank):
         return Native()
     if whole and rows_an_expert <= FEW and inner * width >= SMALL_EXPERT:

@@ -79,20 +79,20 @@ class Dispatch(nn.Module):
                 without a row hold zeros.
         """
         routing = self.limited(routing, experts)
-        parts, dispatched = [], experts.dispatched
+        dispatched = experts.dispatched
         if dispatched:
             plan = self.plan(routing, experts)
             if between is None:
-                parts.append(self._run(x_ND, plan, experts))
+                y_ND = self._run(x_ND, plan, experts)
             else:
-                parts.append(_around(between, experts, plan.compact(), plan.gather(x_ND)))
+                y_ND = _around(between, experts, plan.compact(), plan.gather(x_ND))
             rows_E = self.rows(plan)
         else:
+            y_ND = x_ND.new_zeros(x_ND.shape[0], experts.out_width)
             rows_E = routing.expert_NK.new_zeros(0)
         if dispatched < len(experts.kinds):
-            direct = experts.direct(x_ND, routing.dense_weight_NE())
-            parts += [] if direct is None else [direct]
-        y_ND = _sum(parts) if parts else x_ND.new_zeros(x_ND.shape[0], experts.out_width)
+            weight_NE = routing.dense_weight_NE()
+            y_ND = experts.add_direct(y_ND, x_ND, weight_NE).to(y_ND.dtype)
         return Dispatched(y_ND, rows_E, routing)
 
     def _run(self, x_ND: Tensor, plan: Plan, experts: Experts) -> Tensor:
@@ -240,7 +240,3 @@ def _around(between: Between, experts: Experts, plan: Plan, rows_RD: Tensor) -> 
     inner_NKI = plan.to_slots(experts.map(rows_RD, plan.groups))
     rows_RI = plan.from_slots(between(inner_NKI))
     return plan.combine(experts.reduce(rows_RI, plan.groups))
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1].to(parts[0].dtype)

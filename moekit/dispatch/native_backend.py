@@ -16,8 +16,9 @@ from moekit.dispatch.native_library import FIELDS, library, packed
 from moekit.dispatch.plan import Plan
 from moekit.experts.activation import GatedSiLU
 from moekit.experts.experts import FeedForward
+from moekit.experts.groups import autocast_dtype
 
-DTYPES = ({torch.float32}, {torch.bfloat16})  # of all operands
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of all operands
 # Work, in multiply-adds, below which one thread is done before a second one is awake.
 ONE_THREAD = 2**20
 ONE_THREAD_WRITES = 2**18  # bytes of gradients, likewise
@@ -35,8 +36,10 @@ class Native(Backend):
     @staticmethod
     def takes(x_ND: Tensor, bank: FeedForward) -> bool:
         """Whether the kernels are there, and for these tensors."""
-        dtypes = {x_ND.dtype, *[t.dtype for t in bank.tensors if t is not None]}
-        fits = dtypes in DTYPES and isinstance(bank.activation, GatedSiLU)
+        dtypes = {autocast_dtype(t) for t in (x_ND, *bank.tensors) if t is not None}
+        fits = (
+            len(dtypes) == 1 and dtypes <= DTYPES.keys() and isinstance(bank.activation, GatedSiLU)
+        )
         laid = bank.up_EJD.stride(2) == bank.down_EOH.stride(2) == 1
         return x_ND.is_cpu and fits and laid and library() is not None
 
@@ -216,8 +219,7 @@ class NativeCall:
 
     def run(self, name: str) -> None:
         """Run a pass."""
-        dtype = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
-        getattr(_kernels(), f"moekit_{name}_{dtype}")(packed(self.fields))
+        getattr(_kernels(), f"moekit_{name}_{DTYPES[self.dtype]}")(packed(self.fields))
 
 
 def untouched(like: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class Experts(nn.Module):
 
     A bank is run in two ways, and an expert belongs to one of them. Experts with matrix products
     are *dispatched*: ``forward`` gets their rows sorted by expert. Zero-computation experts are
-    *direct*: ``direct`` adds their weighted outputs from the whole token matrix by elementwise
+    *direct*: ``add_direct`` adds their weighted outputs from the whole token matrix by elementwise
     algebra; their rows are never gathered.
 
     Attributes:
@@ -150,12 +150,15 @@ class Experts(nn.Module):
         )
         return not hooked and "forward" not in vars(self) and type(self).forward is kind.forward
 
-    def direct(self, x_ND: Tensor, weight_NE: Tensor) -> Tensor | None:
-        """Weighted sum (N, D) of the direct experts' outputs, or None if it is zero.
+    def add_direct(self, y_ND: Tensor, x_ND: Tensor, weight_NE: Tensor) -> Tensor:
+        """``y_ND`` with the weighted sum of the direct experts' outputs added.
 
-        ``weight_NE`` holds the combine weights of this bank's experts as a dense matrix.
+        Args:
+            y_ND: the dispatched experts' part of the output.
+            x_ND: the tokens.
+            weight_NE: combine weights over this bank's own experts; 0 where one is not chosen.
         """
-        return None
+        return y_ND
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draw the parameters anew from torch's default generator."""
@@ -236,14 +239,11 @@ class ExpertsBank(Experts):
         alone = len(working) == 1 and self.runs_as(ExpertsBank)
         return working[0].feed_forward() if alone else None
 
-    def direct(self, x_ND: Tensor, weight_NE: Tensor) -> Tensor | None:
+    def add_direct(self, y_ND: Tensor, x_ND: Tensor, weight_NE: Tensor) -> Tensor:
         weights = weight_NE.split([len(part.kinds) for part in self._parts()], dim=1)
-        total: Tensor | None = None
         for part, weight in zip(self._parts(), weights, strict=True):
-            own = part.direct(x_ND, weight)
-            if own is not None:
-                total = own if total is None else total + own
-        return total
+            y_ND = part.add_direct(y_ND, x_ND, weight)
+        return y_ND
 
     def reset_parameters(self, std: float = 0.02) -> None:
         for part in self._parts():

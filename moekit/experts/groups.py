@@ -174,7 +174,12 @@ def _weight_gradient(grad_RO: Tensor, rows_RI: Tensor, end_E: Tensor) -> Tensor:
 
 def autocast(tensor: Tensor) -> Tensor:
     """The tensor in the dtype that autocast asks for, if it is on; float64 stays as it is."""
+    return tensor.to(autocast_dtype(tensor))
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of the tensor as an operand: that which autocast asks for, if it is on."""
     device = tensor.device.type
     if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)

@@ -29,11 +29,12 @@ EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=name)
 
 
 @EVERY_CASE
-def test_autocast(case: Case) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(case: Case, dtype: torch.dtype) -> None:
     layer, inputs = case.layer(seed=3).eval(), Inputs.make(9, seed=4)
     x_ND = inputs.x_ND.requires_grad_()
     plain = layer(x_ND, inputs.signals, inputs.carry)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         signals = inputs.signals.replace(previous_logits_NE=inputs.carry.logits_NE)
         routing = layer.router(x_ND, signals)
         done = layer.dispatch(x_ND, routing, layer.experts)
@@ -41,9 +42,9 @@ def test_autocast(case: Case) -> None:
         assert routing.logits_NE.dtype == torch.float32
         assert torch.equal(routing.logits_NE, plain.routing.logits_NE)
     assert routing.weight_NK.dtype == torch.float32
-    assert done.y_ND.dtype == torch.bfloat16
-    rounded = copy.deepcopy(layer).to(torch.bfloat16)  # as autocast takes its operands
-    wanted = layer_output(rounded, x_ND.to(torch.bfloat16), done.routing)
+    assert done.y_ND.dtype == dtype
+    rounded = copy.deepcopy(layer).to(dtype)  # as autocast takes its operands
+    wanted = layer_output(rounded, x_ND.to(dtype), done.routing)
     assert relative_error(done.y_ND, wanted) < 2e-2
     done.y_ND.float().square().sum().backward()
     for parameter in layer.parameters():
