@@ -196,6 +196,12 @@ def test_what_is_chosen() -> None:
     assert backend_of("auto", PLAIN, torch.bfloat16) == "native"
     assert backend_of("auto", crowd, torch.bfloat16) != "native"
     assert backend_of("auto", PLAIN, torch.float64) != "native"
+    with torch.autocast("cpu", torch.float16):  # operands are what autocast makes of them
+        assert backend_of("auto", PLAIN) != "native"
+        assert backend_of("native", PLAIN) == "streamed"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backend_of("auto", PLAIN) == "native"
+        assert backend_of("auto", crowd) != "native"
 
 
 @needs_pairs
