@@ -150,7 +150,10 @@ def plan_places(routing: Routing, ranges: list[tuple[int, int]], places: int) ->
 def _by_expert(local_NK: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The order that sorts assignments by local id, stable, and how many have each (size,)."""
     found = sorted_ids(local_NK, size) if is_here(local_NK) else None
-    return found or (sort_ids(local_NK.flatten(), size), count_ids(local_NK.flatten(), size))
+    if found is not None:
+        return found
+    local = local_NK.flatten()
+    return sort_ids(local, size), count_ids(local, size)
 
 
 def _local_ids(routing: Routing, ranges: list[tuple[int, int]], experts: int) -> Tensor:

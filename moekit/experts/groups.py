@@ -174,7 +174,8 @@ def _weight_gradient(grad_RO: Tensor, rows_RI: Tensor, end_E: Tensor) -> Tensor:
 
 def autocast(tensor: Tensor) -> Tensor:
     """The tensor in the dtype that autocast asks for, if it is on; float64 stays as it is."""
-    return tensor.to(autocast_dtype(tensor))
+    dtype = autocast_dtype(tensor)
+    return tensor if dtype == tensor.dtype else tensor.to(dtype)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
