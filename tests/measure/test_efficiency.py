@@ -110,9 +110,8 @@ def test_flops_equal_the_formula(spec: MoESpec, ids: Tensor) -> None:
         statistics = ModelStatistics.of(model(ids).moe, [spec.experts.expert_kinds()])
     rows = statistics.summary()["layers"][0]["rows"]
     experts = len(spec.experts.expert_kinds())
-    constant = (
-        0 if spec == VANILLA else 2 * tokens * WIDTH
-    )  # the rows of W_c, less each other, and v
+    # A constant expert: the difference of W_c's two rows times x, and α₂ v.
+    constant = 0 if spec == VANILLA else 2 * tokens * WIDTH
     products = (
         2 * tokens * ATTENTION
         + 2 * 3 * 2 * TIME * TIME * 16  # scores and values of 3 sequences, 2 layers, 2 heads of 8
