@@ -78,7 +78,7 @@ def layer_command(
     timings = []
     for timing in _timings(shapes, modes, where, repeats, seed, all_backends):
         timings.append(timing)
-        console.print(_line(timing), highlight=False, markup=False)
+        console.print(_line(timing), highlight=False, markup=False, soft_wrap=True)
         # Shape by shape, so that an interrupted run keeps what it measured.
         write_json(output / "layer.json", results(timings, [], [], machine(str(where))))
     zero = time_zero_computation(where, tokens=512 if quick else 2048, repeats=repeats, seed=seed)

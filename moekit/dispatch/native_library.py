@@ -21,7 +21,7 @@ from moekit.cache import cached, default_cache
 from moekit.errors import OutputError
 
 SOURCE = Path(__file__).with_name("native_kernels.cpp")
-HEADERS = [SOURCE.with_name(f"native_{part}.h") for part in ("tiles", "pairs", "products")]
+HEADERS = [SOURCE.with_name(f"native_{part}.h") for part in ("tiles", "pairs", "products", "call")]
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
     *("-fno-math-errno", "-ffp-contract=fast", "-w"),
@@ -32,7 +32,7 @@ PATIENCE = 120.0  # seconds; it takes 3 to 10
 logger = logging.getLogger(__name__)
 
 
-# The struct ``Call`` of ``native_kernels.cpp``, where they are explained: sizes, flags and
+# The struct ``Call`` of ``native_call.h``, where they are explained: sizes, flags and
 # addresses, each of eight bytes.
 FIELDS = (
     *("threads", "tokens", "slots", "rows", "experts", "width", "hidden", "out_width"),
