@@ -64,9 +64,7 @@ class CombineWeights {
         data_(static_cast<const float*>(call.weight_NK)) {
     if (!call.half_weights) return;
     const bfloat16* half = static_cast<const bfloat16*>(call.weight_NK);
-    each_vector(call.tokens * call.slots, [&](Size i, Size count) {
-      store_some(memory_.get() + i, load_some(half + i, count), count);
-    });
+    copy(half, call.tokens * call.slots, memory_.get());
     data_ = memory_.get();
   }
   const float* get() const { return data_; }

@@ -21,7 +21,8 @@ from moekit.cache import cached, default_cache
 from moekit.errors import OutputError
 
 SOURCE = Path(__file__).with_name("native_kernels.cpp")
-HEADERS = [SOURCE.with_name(f"native_{part}.h") for part in ("tiles", "pairs", "products", "call")]
+PARTS = ("vectors", "tiles", "pairs", "products", "call")
+HEADERS = [SOURCE.with_name(f"native_{part}.h") for part in PARTS]
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
     *("-fno-math-errno", "-ffp-contract=fast", "-w"),

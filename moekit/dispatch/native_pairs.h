@@ -21,19 +21,6 @@ constexpr Size PAIRED_ROWS = 40, PAIRED_ROWS_BACK = 12;
 
 using Pair = std::uint32_t;
 
-// A panel for each thread, made when it first asks.
-class Panel {
- public:
-  Pair* pairs(Size count) {
-    if (count > size_) room_ = Room<Pair>(size_ = count);
-    return room_.get();
-  }
-
- private:
-  Room<Pair> room_;
-  Size size_ = 0;
-};
-
 #if defined(__AVX512BF16__)
 
 constexpr int TALL = DOT_ROWS;          // rows of a tile
@@ -43,25 +30,25 @@ constexpr Size LEFT = LANES;            // pairs side by side in a left panel
 // out[m][c] = Σ_k left[m][k] · panel[k][c] for M rows and V vectors of columns, of which the last
 // has `count`. The pairs of row m are `step` pairs apart from left[m] on.
 template <int M, int V, class T, class C>
-inline void pair_tile(const T* const* left, Size step, const Pair* panel, Size pairs, C* out,
-                      Size ld_out, Size count) {
+KERNEL pair_tile(const T* const* left, Size step, const Pair* panel, Size pairs, C* out, Size ld_out,
+                 Size count) {
   __m512 total[M][V];
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) total[m][v] = _mm512_setzero_ps();
+  UNROLLED (int m = 0; m < M; ++m)
+    UNROLLED (int v = 0; v < V; ++v) total[m][v] = _mm512_setzero_ps();
   for (Size k = 0; k < pairs; ++k) {
     __m512bh right[V];
-    for (int v = 0; v < V; ++v)
+    UNROLLED (int v = 0; v < V; ++v)
       right[v] = (__m512bh)_mm512_loadu_si512(panel + k * WIDE + v * LANES);
-    for (int m = 0; m < M; ++m) {
+    UNROLLED (int m = 0; m < M; ++m) {
       int pair;
       std::memcpy(&pair, reinterpret_cast<const char*>(left[m]) + k * step * sizeof(Pair),
                   sizeof pair);
       const __m512bh row = (__m512bh)_mm512_set1_epi32(pair);
-      for (int v = 0; v < V; ++v) total[m][v] = _mm512_dpbf16_ps(total[m][v], row, right[v]);
+      UNROLLED (int v = 0; v < V; ++v) total[m][v] = _mm512_dpbf16_ps(total[m][v], row, right[v]);
     }
   }
-  for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < V - 1; ++v) store(out + m * ld_out + v * LANES, (Vector)total[m][v]);
+  UNROLLED (int m = 0; m < M; ++m) {
+    UNROLLED (int v = 0; v < V - 1; ++v) store(out + m * ld_out + v * LANES, (Vector)total[m][v]);
     store_some(out + m * ld_out + (V - 1) * LANES, (Vector)total[m][V - 1], count);
   }
 }

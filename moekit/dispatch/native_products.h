@@ -9,6 +9,12 @@
 
 namespace {
 
+// Values in float32.
+template <class T>
+void copy(const T* from, Size size, float* to) {
+  each_vector(size, [&](Size i, Size count) { store_some(to + i, load_some(from + i, count), count); });
+}
+
 // A stack of matrices (E, out, in), each with rows without gaps between elements.
 template <class T>
 struct Stack {
@@ -58,57 +64,116 @@ void each_block(const Groups& groups, Size size, Size width, Step step) {
   }
 }
 
-// Up to a BLOCK of weights of an expert, whose rows run along the sum, as its number of rows calls
-// for.
+// The type in which rows and weights of type T are multiplied: bfloat16 only where the CPU does.
+#if defined(__AVX512BF16__)
 template <class T>
-class Weights {
- public:
-  Weights(Panel& memory, const T* weight, Size ld, Size count, Size depth, Size rows)
-      : weight_(weight), ld_(ld), count_(count), depth_(depth) {
-#if defined(__AVX512BF16__)
-    if constexpr (std::is_same_v<T, bfloat16>)
-      if (rows >= PAIRED_ROWS && depth % 2 == 0) {
-        Pair* panel = memory.pairs(depth / 2 * WIDE);
-        panel_of_rows(weight, ld, count, depth, panel);
-        panel_ = panel;
-      }
+using Multiplied = T;
+#else
+template <class T>
+using Multiplied = float;
 #endif
-  }
 
-  // The products of m rows, DOT_ROWS at most, BLOCK places a row.
-  void multiply(Size m, const T* const* rows, float* out) const {
-#if defined(__AVX512BF16__)
-    if (panel_) return pair_tiles(m, rows, 1, panel_, depth_ / 2, count_, out, WIDE);
-#endif
-    dots_of<T>(int(m), rows, weight_, ld_, count_, depth_, out);
+// Up to DOT_ROWS rows as they are multiplied.
+template <class T>
+class Rows {
+ public:
+  template <class Row>
+  const Multiplied<T>* const* take(Size m, Row row, Size depth) {
+    for (Size i = 0; i < m; ++i) {
+      if constexpr (std::is_same_v<T, Multiplied<T>>) {
+        rows_[i] = row(i);
+      } else {
+        float* to = memory_.get(DOT_ROWS * depth) + i * depth;
+        copy(row(i), depth, to);
+        rows_[i] = to;
+      }
+    }
+    return rows_;
   }
 
  private:
-  const T* weight_;
-  Size ld_, count_, depth_;
-  const std::uint32_t* panel_ = nullptr;
+  const Multiplied<T>* rows_[DOT_ROWS];
+  Scratch<float> memory_;
 };
+
+// Rows of an expert up to which a copy of weights in float32 does not pay.
+constexpr Size COPIED_ROWS = DOT_ROWS;
+
+// Up to a BLOCK of weights of an expert, whose rows run along the sum, as its number of rows calls
+// for: where they lie, in panels of pairs, or in float32.
+template <class T>
+class Weights {
+  using M = Multiplied<T>;
+
+ public:
+  void take(const T* weight, Size ld, Size count, Size depth, Size rows) {
+    weight_ = weight, ld_ = ld, count_ = count, depth_ = depth;
+    panel_ = nullptr, copy_ = nullptr;
+    if constexpr (!std::is_same_v<T, M>) {
+      if (rows > COPIED_ROWS) {
+        float* to = floats_.get(count * depth);
+        for (Size i = 0; i < count; ++i) copy(weight + i * ld, depth, to + i * depth);
+        copy_ = to;
+      }
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      if (rows >= PAIRED_ROWS && depth % 2 == 0) {
+        Pair* panel = pairs_.get(depth / 2 * WIDE);
+        panel_of_rows(weight, ld, count, depth, panel);
+        panel_ = panel;
+      }
+    }
+#endif
+  }
+
+  // The products of m rows, DOT_ROWS at most, a BLOCK of places a row.
+  void multiply(Size m, const M* const* rows, float* out) const {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      if (panel_) return pair_tiles(m, rows, 1, panel_, depth_ / 2, count_, out, WIDE);
+    }
+#endif
+    if (copy_) return dots_of(int(m), rows, copy_, depth_, count_, depth_, out);
+    dots_of(int(m), rows, weight_, ld_, count_, depth_, out);
+  }
+
+ private:
+  const T* weight_ = nullptr;
+  Size ld_ = 0, count_ = 0, depth_ = 0;
+  const Pair* panel_ = nullptr;
+  const M* copy_ = nullptr;
+  Scratch<Pair> pairs_;
+  Scratch<float> floats_;
+};
+
+// Weights in an item of work: in eights, as many as fit the cache twice, for a second factor.
+template <class T>
+Size block_of(Size depth) {
+  const Size fit = BLOCK_BYTES / 2 / (depth * Size(sizeof(Multiplied<T>))) / 8 * 8;
+  return std::clamp<Size>(fit, 8, BLOCK<Multiplied<T>>);
+}
 
 // rows Wᵀ: `finish(e, r, first, count, sums, sums_of_second)` gets a BLOCK of results or fewer of a
 // row. With `second` > 0, also those of the weights that lie so many rows further on.
 template <class T, class Row, class Finish>
 void products(const Groups& groups, Row row, const Stack<T>& weight, Size columns, Size second,
               Size depth, Finish finish) {
-  Panel memory, second_memory;
-  each_block(groups, columns, BLOCK<T>, [&](Size e, Size first, Size last) {
+  constexpr Size ROOM = BLOCK<Multiplied<T>>;
+  Rows<T> some;
+  Weights<T> weights, others;
+  each_block(groups, columns, block_of<T>(depth), [&](Size e, Size first, Size last) {
     const Size count = last - first, all = groups.rows(e);
-    const Weights<T> weights(memory, weight.row(e, first), weight.ld, count, depth, all);
-    const Weights<T> others(second_memory, weight.row(e, first + second), weight.ld,
-                            second ? count : 0, depth, all);
-    float out[DOT_ROWS * BLOCK<T>], out_second[DOT_ROWS * BLOCK<T>];
+    weights.take(weight.row(e, first), weight.ld, count, depth, all);
+    if (second) others.take(weight.row(e, first + second), weight.ld, count, depth, all);
+    float out[DOT_ROWS * ROOM], out_second[DOT_ROWS * ROOM];
     for (Size r = groups.start[e]; r < groups.start[e + 1]; r += DOT_ROWS) {
       const Size m = std::min<Size>(groups.start[e + 1] - r, DOT_ROWS);
-      const T* rows[DOT_ROWS];
-      for (Size i = 0; i < m; ++i) rows[i] = row(r + i);
+      const auto rows = some.take(m, [&](Size i) { return row(r + i); }, depth);
       weights.multiply(m, rows, out);
       if (second) others.multiply(m, rows, out_second);
       for (Size i = 0; i < m; ++i)
-        finish(e, r + i, first, count, out + i * BLOCK<T>, out_second + i * BLOCK<T>);
+        finish(e, r + i, first, count, out + i * ROOM, out_second + i * ROOM);
     }
   });
 }
@@ -180,10 +245,7 @@ void gather(Size rows, const Size* assignment, Size slots, const T* x, Size ld, 
             float* out) {
 #pragma omp for schedule(static)
   for (Size r = 0; r < rows; ++r) {
-    const T* from = x + assignment[r] / slots * ld;
-    each_vector(columns, [&](Size c, Size count) {
-      store_some(out + r * columns + c, load_some(from + c, count), count);
-    });
+    copy(x + assignment[r] / slots * ld, columns, out + r * columns);
   }
 }
 
@@ -194,9 +256,9 @@ void gather(Size rows, const Size* assignment, Size slots, const T* x, Size ld, 
 template <class Row, class Finish>
 void paired_back_products(const Groups& groups, Row row, const Stack<bfloat16>& weight,
                           Size columns, Size depth, Finish finish) {
-  Panel memory;
+  Scratch<Pair> memory;
   each_block(groups, columns, WIDE, [&](Size e, Size first, Size last) {
-    Pair* panel = memory.pairs(depth / 2 * WIDE);
+    Pair* panel = memory.get(depth / 2 * WIDE);
     panel_of_columns(weight.row(e, 0) + first, weight.ld, last - first, depth, panel);
     float out[TALL * WIDE];
     for (Size r = groups.start[e]; r < groups.start[e + 1]; r += TALL) {
