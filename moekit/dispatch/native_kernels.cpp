@@ -106,44 +106,51 @@ void backward_pass(const Call& call) {
   const Stack<T> up = {static_cast<const T*>(call.up_EJD), call.up_expert, call.up_ld};
   const Stack<T> down = {static_cast<const T*>(call.down_EOH), call.down_expert, call.down_ld};
   const T* inner_RJ = static_cast<const T*>(call.inner_RJ);
-  const Size rows = call.rows, hidden = call.hidden;
-  const Room<float> own_grad(call.grad_RO ? 0 : rows * call.out_width);
-  const Room<float> own_back(call.back_RJ ? 0 : rows * 2 * hidden);
-  const Room<float> back_H(rows * hidden), scaled_H(rows * hidden);
-  const Room<float> rows_D(call.grad_up_EJD ? rows * call.width : 0);
-  const Room<float> back_D(call.grad_x_ND ? rows * call.width : 0);
-  float* grad_RO = call.grad_RO ? call.grad_RO : own_grad.get();
-  float* back_RJ = call.back_RJ ? call.back_RJ : own_back.get();
-  float *back_RH = back_H.get(), *scaled_RH = scaled_H.get();
-  float *rows_RD = rows_D.get(), *back_RD = back_D.get();
+  T* grad_up_EJD = static_cast<T*>(call.grad_up_EJD);
+  T* grad_down_EOH = static_cast<T*>(call.grad_down_EOH);
+  const Size hidden = call.hidden, inner = 2 * hidden, width = call.width;
+  const Size most = std::min(rows_at_once(groups, call.threads), call.rows);
+  const Room<float> own_grad(call.grad_RO ? 0 : most * call.out_width);
+  const Room<float> own_back(call.back_RJ ? 0 : most * inner);
+  const Room<float> back_H(most * hidden), scaled_H(most * hidden);
+  const Room<float> rows_D(grad_up_EJD ? most * width : 0);
+  const Room<float> back_D(call.grad_x_ND ? call.rows * width : 0);
   clear_slots(call);
 #pragma omp parallel num_threads(call.threads)
   {
-    gather(rows, call.assignment_R, call.slots, static_cast<const T*>(call.grad_NO), call.grad_ld,
-           call.out_width, grad_RO);
-    back_products(groups, grad_RO, down, hidden, call.out_width, back_RH);
+    each_run(groups, most, [&](const Groups& run, Size run_start) {
+      // From row 0 on, of which the run's are there.
+      const auto held = [&](const Room<float>& room, Size columns) {
+        return room.get() - run_start * columns;
+      };
+      float* grad_RO = call.grad_RO ? call.grad_RO : held(own_grad, call.out_width);
+      float* back_RJ = call.back_RJ ? call.back_RJ : held(own_back, inner);
+      float *back_RH = held(back_H, hidden), *scaled_RH = held(scaled_H, hidden);
+      const Size stop = run_start + run.rows();
+      gather(run_start, stop, call.assignment_R, call.slots, static_cast<const T*>(call.grad_NO),
+             call.grad_ld, call.out_width, grad_RO);
+      back_products(run, grad_RO, down, hidden, call.out_width, back_RH);
 #pragma omp for schedule(static)
-    for (Size r = 0; r < rows; ++r) {
-      const Size slot = call.assignment_R[r];
-      call.grad_NK[slot] =
-          pull_back(hidden, inner_RJ + 2 * r * hidden, back_RH + r * hidden, weights.get()[slot],
-                    scaled_RH + r * hidden, back_RJ + 2 * r * hidden);
-    }
-    T* grad_up_EJD = static_cast<T*>(call.grad_up_EJD);
-    T* grad_down_EOH = static_cast<T*>(call.grad_down_EOH);
+      for (Size r = run_start; r < stop; ++r) {
+        const Size slot = call.assignment_R[r];
+        call.grad_NK[slot] =
+            pull_back(hidden, inner_RJ + r * inner, back_RH + r * hidden, weights.get()[slot],
+                      scaled_RH + r * hidden, back_RJ + r * inner);
+      }
+      if (grad_down_EOH)
+        weight_gradient(run, grad_RO, call.out_width, scaled_RH, hidden, grad_down_EOH);
+      if (grad_up_EJD) {
+        float* rows_RD = held(rows_D, width);
+        gather(run_start, stop, call.assignment_R, call.slots, static_cast<const T*>(call.x_ND),
+               call.x_ld, width, rows_RD);
+        weight_gradient(run, back_RJ, inner, rows_RD, width, grad_up_EJD);
+      }
+      if (call.grad_x_ND) back_products(run, back_RJ, up, width, inner, back_D.get());
+    });
     clear(call, groups, grad_up_EJD, grad_down_EOH);
-    if (grad_down_EOH)
-      weight_gradient(groups, grad_RO, call.out_width, scaled_RH, hidden, grad_down_EOH);
-    if (grad_up_EJD) {
-      gather(rows, call.assignment_R, call.slots, static_cast<const T*>(call.x_ND), call.x_ld,
-             call.width, rows_RD);
-      weight_gradient(groups, back_RJ, 2 * hidden, rows_RD, call.width, grad_up_EJD);
-    }
-    if (call.grad_x_ND) {
-      back_products(groups, back_RJ, up, call.width, 2 * hidden, back_RD);
-      combine(call.tokens, call.slots, layout.place(), nullptr, back_RD, call.width,
+    if (call.grad_x_ND)
+      combine(call.tokens, call.slots, layout.place(), nullptr, back_D.get(), width,
               static_cast<T*>(call.grad_x_ND));
-    }
   }
 }
 
@@ -247,9 +254,8 @@ void backward_pass_in_pairs(const Call& call) {
                            [&](Size e, Size r, Size m, Size first, Size size, const float* sums) {
                              pull_back_pairs(call, e, r, m, first, size, sums, between);
                            });
-      const Size last = run.used[run.used_count - 1];
 #pragma omp for schedule(static)
-      for (Size r = first_row; r < run.start[last + 1]; ++r) {
+      for (Size r = first_row; r < first_row + run.rows(); ++r) {
         const float* parts = grad_RB.get() + (r - first_row) * blocks;
         call.grad_NK[call.assignment_R[r]] = std::accumulate(parts, parts + blocks, 0.f);
       }

@@ -29,6 +29,7 @@ struct Groups {
   const Size* start;
   const Size* used;
   Size rows(Size e) const { return start[e + 1] - start[e]; }
+  Size rows() const { return used_count ? start[used[used_count - 1] + 1] - start[used[0]] : 0; }
 };
 
 // Calls `step(some groups, their first row)` for runs of experts with few rows together, so that what
@@ -178,20 +179,42 @@ void products(const Groups& groups, Row row, const Stack<T>& weight, Size column
   });
 }
 
+// Rows of an expert from which on what they are multiplied with is laid out in a panel first: `tile`
+// then walks through the nearest cache, whatever the strides of the operand are.
+constexpr Size PANEL_ROWS = 16;
+constexpr Size PANEL = 96;  // columns
+
+// `deep` rows of `count` columns, in float32 and without gaps.
+template <class T>
+const float* panel_of(const T* from, Size ld, Size count, Size deep, Scratch<float>& memory) {
+  float* panel = memory.get(deep * count);
+  for (Size k = 0; k < deep; ++k) copy(from + k * ld, count, panel + k * count);
+  return panel;
+}
+
 // out = rows W for float32 rows (R, depth) without gaps.
 template <class T>
 void back_products(const Groups& groups, const float* rows, const Stack<T>& weight, Size columns,
                    Size depth, float* out) {
+  Scratch<float> memory;
   each_block(groups, columns, CHUNK, [&](Size e, Size first, Size last) {
-    for (Size k = 0; k < depth; k += DEPTH) {
-      const Size deep = depth - k < DEPTH ? depth - k : DEPTH;
-      for (Size r = groups.start[e]; r < groups.start[e + 1]; r += ROWS) {
-        const Size left = groups.start[e + 1] - r;
-        tiles_of(left < ROWS ? left : Size(ROWS), rows + r * depth + k, depth, 1,
-                 weight.row(e, k) + first, weight.ld, last - first, deep, out + r * columns + first,
-                 columns, k > 0);
+    const auto multiply = [&](const auto* operand, Size ld, Size c, Size count, Size k, Size deep) {
+      for (Size r = groups.start[e]; r < groups.start[e + 1]; r += ROWS)
+        tiles_of(std::min<Size>(groups.start[e + 1] - r, ROWS), rows + r * depth + k, depth, 1,
+                 operand, ld, count, deep, out + r * columns + c, columns, k > 0);
+    };
+    const bool panels = groups.rows(e) >= PANEL_ROWS;
+    const Size width = panels ? PANEL : CHUNK;
+    for (Size c = first; c < last; c += width)
+      for (Size k = 0; k < depth; k += DEPTH) {
+        const Size deep = std::min(depth - k, DEPTH), count = std::min(last - c, width);
+        const T* part = weight.row(e, k) + c;
+        if (panels) {
+          multiply(panel_of(part, weight.ld, count, deep, memory), count, c, count, k, deep);
+        } else {
+          multiply(part, weight.ld, c, count, k, deep);
+        }
       }
-    }
   });
 }
 
@@ -200,15 +223,24 @@ template <class T>
 void weight_gradient(const Groups& groups, const float* left, Size height, const float* right,
                      Size columns, T* out) {
   const bool exact = sizeof(T) == sizeof(float);  // otherwise sums are not to be rounded on the way
-  each_block(groups, height, BLOCK<T>, [&](Size e, Size first, Size last) {
-    const Size stop = groups.start[e + 1], step = exact ? TOKENS : groups.rows(e);
-    T* to = out + e * height * columns;
-    for (Size r = groups.start[e]; r < stop; r += step) {
-      const Size deep = std::min(stop - r, step);
-      for (Size o = first; o < last; o += ROWS)
-        tiles_of(std::min<Size>(last - o, ROWS), left + r * height + o, 1, height,
-                 right + r * columns, columns, columns, deep, to + o * columns, columns,
-                 r > groups.start[e]);
+  Scratch<float> left_memory, right_memory;
+  each_block(groups, height, PANEL, [&](Size e, Size first, Size last) {
+    const Size start = groups.start[e], stop = groups.start[e + 1], rows = stop - start;
+    const bool panels = rows >= PANEL_ROWS;
+    const Size step = exact ? DEPTH : rows, width = panels ? PANEL : columns;
+    for (Size r = start; r < stop; r += step) {
+      const Size deep = std::min(stop - r, step), some = last - first;
+      const float* from = left + r * height + first;
+      if (panels) from = panel_of(from, height, some, deep, left_memory);
+      for (Size c = 0; c < columns; c += width) {
+        const Size count = std::min(columns - c, width);
+        const float* operand = right + r * columns + c;
+        if (panels) operand = panel_of(operand, columns, count, deep, right_memory);
+        for (Size o = 0; o < some; o += ROWS)
+          tiles_of(std::min<Size>(some - o, ROWS), from + o, 1, panels ? some : height, operand,
+                   panels ? count : columns, count, deep,
+                   out + (e * height + first + o) * columns + c, columns, r > start);
+      }
     }
   });
 }
@@ -240,11 +272,12 @@ void combine(Size tokens, Size slots, const Size* place, const float* weight, co
     });
 }
 
+// The tokens of rows `start` to `stop`.
 template <class T>
-void gather(Size rows, const Size* assignment, Size slots, const T* x, Size ld, Size columns,
-            float* out) {
+void gather(Size start, Size stop, const Size* assignment, Size slots, const T* x, Size ld,
+            Size columns, float* out) {
 #pragma omp for schedule(static)
-  for (Size r = 0; r < rows; ++r) {
+  for (Size r = start; r < stop; ++r) {
     copy(x + assignment[r] / slots * ld, columns, out + r * columns);
   }
 }

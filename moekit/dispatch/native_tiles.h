@@ -24,7 +24,6 @@ constexpr int TILE = 12;  // of 16
 constexpr int ROWS = TILE / 3;      // rows of a tile
 constexpr int DOT_ROWS = TILE / 4;  // rows of a block of dots
 constexpr Size DEPTH = 64;          // of a sum, between two visits of its result
-constexpr Size TOKENS = 128;        // the same for weight gradients
 constexpr Size CHUNK = 512;         // results a row in an item of work of `tile`
 // The same for dots, and bytes of weights in an item of their work.
 #if defined(__AVX512F__)
