@@ -25,8 +25,8 @@ from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups, autocast_d
 BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "triton", "loop"]
 
 # Where on a CPU one backend overtakes another, measured. Our own kernels are ahead at any size in
-# float32, and in bfloat16 where they multiply in pairs; where not, up to so many rows an expert,
-# fewer where a backward pass follows.
+# float32, and in bfloat16 where they multiply in pairs, or where torch multiplies it element by
+# element; where neither, up to so many rows an expert, fewer where a backward pass follows.
 NATIVE_IN_HALF = 128
 NATIVE_IN_HALF_TRAINING = 32
 # Elsewhere: elements of an expert's first weight, and the same times its rows, which is a third of
@@ -155,10 +155,15 @@ def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward, dtype: torch.dtype) ->
 
 def _native_ahead(x_ND: Tensor, bank: FeedForward, rows_an_expert: float) -> bool:
     """Whether our own kernels are the fastest in half precision, if they take it."""
-    if rows_an_expert <= NATIVE_IN_HALF_TRAINING:
+    if rows_an_expert <= NATIVE_IN_HALF_TRAINING or not _torch_multiplies_halves():
         return True
     inputs = (x_ND, *bank.tensors)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if not training and rows_an_expert <= NATIVE_IN_HALF:
         return True
     return Native.in_pairs(bank, rows_an_expert, training)
+
+
+def _torch_multiplies_halves() -> bool:
+    """Whether torch has products in bfloat16 worth the name, as it has none for AVX2 alone."""
+    return torch.backends.cpu.get_cpu_capability() != "AVX2"

@@ -40,6 +40,7 @@ LARGER = {
     ),
     "in pairs, several runs": Problem(tokens=1500, experts=9, k=3, width=34, hidden=80, seed=5),
     "in pairs, whole blocks": Problem(tokens=260, experts=2, width=128, hidden=192, seed=6),
+    "sums in parts": Problem(tokens=40, experts=3, width=1300, hidden=1100, bias=True, seed=7),
     "one wide row an expert": Problem(tokens=4, experts=16, k=1, width=1030, hidden=520, seed=3),
 }
 EVERY_DTYPE = pytest.mark.parametrize(
@@ -185,7 +186,8 @@ def test_combine_weights_of_another_dtype(dtype: torch.dtype, of_weights: torch.
 
 
 @needs_kernels
-def test_what_is_chosen() -> None:
+def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     crowd = Problem(tokens=3 * NATIVE_IN_HALF, experts=2, k=1, hidden=17)  # no pairs
     some = Problem(tokens=NATIVE_IN_HALF, experts=2, k=1)
     assert backend_of("auto", some, torch.bfloat16) == "native"
@@ -202,6 +204,17 @@ def test_what_is_chosen() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert backend_of("auto", PLAIN) == "native"
         assert backend_of("auto", crowd) != "native"
+
+
+@needs_kernels
+def test_what_is_chosen_where_torch_has_no_products_in_half(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    crowd = Problem(tokens=3 * NATIVE_IN_HALF, experts=2, k=1, hidden=17)
+    for training in (False, True):
+        assert backend_of("auto", crowd, torch.bfloat16, training) == "native"
+        assert backend_of("auto", crowd, torch.float16, training) != "native"
 
 
 @needs_pairs
