@@ -74,7 +74,7 @@ template <class T>
 using Multiplied = float;
 #endif
 
-// Up to DOT_ROWS rows as they are multiplied.
+// Up to GROUP rows as they are multiplied.
 template <class T>
 class Rows {
  public:
@@ -84,7 +84,7 @@ class Rows {
       if constexpr (std::is_same_v<T, Multiplied<T>>) {
         rows_[i] = row(i);
       } else {
-        float* to = memory_.get(DOT_ROWS * depth) + i * depth;
+        float* to = memory_.get(GROUP * depth) + i * depth;
         copy(row(i), depth, to);
         rows_[i] = to;
       }
@@ -93,12 +93,12 @@ class Rows {
   }
 
  private:
-  const Multiplied<T>* rows_[DOT_ROWS];
+  const Multiplied<T>* rows_[GROUP];
   Scratch<float> memory_;
 };
 
 // Rows of an expert up to which a copy of weights in float32 does not pay.
-constexpr Size COPIED_ROWS = DOT_ROWS;
+constexpr Size COPIED_ROWS = 24;
 
 // Up to a BLOCK of weights of an expert, whose rows run along the sum, as its number of rows calls
 // for: where they lie, in panels of pairs, or in float32.
@@ -128,15 +128,19 @@ class Weights {
 #endif
   }
 
-  // The products of m rows, DOT_ROWS at most, a BLOCK of places a row.
+  // The products of m rows, a GROUP at most, a BLOCK of places a row.
   void multiply(Size m, const M* const* rows, float* out) const {
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<T, bfloat16>) {
-      if (panel_) return pair_tiles(m, rows, 1, panel_, depth_ / 2, count_, out, WIDE);
+      if (panel_) {
+        for (Size i = 0; i < m; i += TALL)
+          pair_tiles(std::min<Size>(m - i, TALL), rows + i, 1, panel_, depth_ / 2, count_, out + i * WIDE, WIDE);
+        return;
+      }
     }
 #endif
-    if (copy_) return dots_of(int(m), rows, copy_, depth_, count_, depth_, out);
-    dots_of(int(m), rows, weight_, ld_, count_, depth_, out);
+    if (copy_) return dots_of(m, rows, copy_, depth_, count_, depth_, out);
+    dots_of(m, rows, weight_, ld_, count_, depth_, out);
   }
 
  private:
@@ -167,9 +171,9 @@ void products(const Groups& groups, Row row, const Stack<T>& weight, Size column
     const Size count = last - first, all = groups.rows(e);
     weights.take(weight.row(e, first), weight.ld, count, depth, all);
     if (second) others.take(weight.row(e, first + second), weight.ld, count, depth, all);
-    float out[DOT_ROWS * ROOM], out_second[DOT_ROWS * ROOM];
-    for (Size r = groups.start[e]; r < groups.start[e + 1]; r += DOT_ROWS) {
-      const Size m = std::min<Size>(groups.start[e + 1] - r, DOT_ROWS);
+    float out[GROUP * ROOM], out_second[GROUP * ROOM];
+    for (Size r = groups.start[e]; r < groups.start[e + 1]; r += GROUP) {
+      const Size m = std::min<Size>(groups.start[e + 1] - r, GROUP);
       const auto rows = some.take(m, [&](Size i) { return row(r + i); }, depth);
       weights.multiply(m, rows, out);
       if (second) others.multiply(m, rows, out_second);

@@ -23,6 +23,7 @@ constexpr int TILE = 12;  // of 16
 #endif
 constexpr int ROWS = TILE / 3;      // rows of a tile
 constexpr int DOT_ROWS = TILE / 4;  // rows of a block of dots
+constexpr int GROUP = 8 * DOT_ROWS;  // rows that pass by weights in the nearest cache
 constexpr Size DEPTH = 64;          // of a sum, between two visits of its result
 constexpr Size CHUNK = 512;         // results a row in an item of work of `tile`
 // The same for dots, and bytes of weights in an item of their work.
@@ -81,34 +82,39 @@ inline Four sums(const Vector* four) {
 #endif
 }
 
-// A sum of elements `first` to `last`, of a row and of weights that lie `ld` apart.
+// A part of a sum, elements `first` to `last`, over weights that lie `ld` apart; meanwhile what is
+// at `ahead` is asked for, in steps of so many bytes.
 template <class W>
 struct Dots {
   const W* weight;
   Size ld, first, last;
+  const char* ahead;
+  Size step;
 };
 
 // Adds to out[m][v], a BLOCK a row, the elements from `first` on, too few for a step.
 template <class T, class W>
-void add_rest(int m, int v, const T* const* rows, const Dots<W>& sum, Size first, float* out) {
+void add_rest(int m, int v, const T* const* rows, const Dots<W>& part, Size first, float* out) {
   for (int i = 0; i < m; ++i)
     for (int j = 0; j < v; ++j)
-      for (Size k = first; k < sum.last; ++k)
-        out[i * BLOCK<T> + j] += number(rows[i][k]) * number(sum.weight[j * sum.ld + k]);
+      for (Size k = first; k < part.last; ++k)
+        out[i * BLOCK<T> + j] += number(rows[i][k]) * number(part.weight[j * part.ld + k]);
 }
 
 // out[m][v] (+)= row m · weight v, for M rows and V weights; from the second part of a sum on it is
-// added to.
-template <int M, int V, class T, class W>
+// added to. FETCH lines of the cache are asked for at each step.
+template <int M, int V, int FETCH, class T, class W>
 KERNEL dots(const T* const* rows, const Dots<W>& part, float* out) {
   using S = Steps<T>;
   Vector total[M][V] = {};
+  const char* ahead = part.ahead;
   Size k = part.first;
   for (; k + S::WIDTH <= part.last; k += S::WIDTH) {
     decltype(S::take(rows[0])) row[M];
     UNROLLED (int m = 0; m < M; ++m) row[m] = S::take(rows[m] + k);
+    UNROLLED (int i = 0; i < FETCH; ++i) __builtin_prefetch(ahead + i * 64);
+    if constexpr (FETCH > 0) ahead += part.step;
     UNROLLED (int v = 0; v < V; ++v) {
-      if constexpr (M >= 4) __builtin_prefetch(part.weight + (v + V) * part.ld + k);  // the next
       const auto weight = S::take(part.weight + v * part.ld + k);
       UNROLLED (int m = 0; m < M; ++m) total[m][v] = S::add(total[m][v], row[m], weight);
     }
@@ -132,36 +138,60 @@ KERNEL dots(const T* const* rows, const Dots<W>& part, float* out) {
   if (k < part.last) add_rest(M, V, rows, part, k, out);
 }
 
-// The dots of M rows with `count` weights, at most a BLOCK of them.
-template <int M, class T, class W>
-void dots_of_rows(const T* const* rows, const W* weight, Size ld, Size count, Size depth,
-                  float* out) {
-  constexpr int V = M * 8 <= TILE ? 8 : 4;
-  Size first = 0;
-  do {
-    const Size last = depth - first <= DOT_DEPTH ? depth : first + DOT_DEPTH;
-    const auto part = [&](Size v) { return Dots<W>{weight + v * ld, ld, first, last}; };
-    Size v = 0;
-    for (; v + V <= count; v += V) dots<M, V>(rows, part(v), out + v);
-    for (; v + 4 <= count; v += 4) dots<M, 4>(rows, part(v), out + v);
-    for (; v < count; ++v) dots<M, 1>(rows, part(v), out + v);
-    first = last;
-  } while (first < depth);
-}
-
-template <class T, class W>
-void dots_of(int m, const T* const* rows, const W* weight, Size ld, Size count, Size depth,
-             float* out) {
+// The same for `m` rows, DOT_ROWS at most.
+template <int V, int FETCH, class T, class W>
+void dots_of(Size m, const T* const* rows, const Dots<W>& part, float* out) {
   switch (m) {
-    case 1: return dots_of_rows<1>(rows, weight, ld, count, depth, out);
-    case 2: return dots_of_rows<2>(rows, weight, ld, count, depth, out);
-    case 3: return dots_of_rows<3>(rows, weight, ld, count, depth, out);
+    case 1: return dots<1, V, FETCH>(rows, part, out);
+    case 2: return dots<2, V, FETCH>(rows, part, out);
+    case 3: return dots<3, V, FETCH>(rows, part, out);
 #if defined(__AVX512F__) || defined(__aarch64__)
-    case 4: return dots_of_rows<4>(rows, weight, ld, count, depth, out);
-    case 5: return dots_of_rows<5>(rows, weight, ld, count, depth, out);
-    case 6: return dots_of_rows<6>(rows, weight, ld, count, depth, out);
+    case 4: return dots<4, V, FETCH>(rows, part, out);
+    case 5: return dots<5, V, FETCH>(rows, part, out);
+    case 6: return dots<6, V, FETCH>(rows, part, out);
 #endif
   }
+}
+
+// The dots of any number of rows with V weights. In each pass over the rows the same weights are
+// in the nearest cache, and part of the next ones is asked for.
+template <int V, class T, class W>
+void passes(Size m, const T* const* rows, const W* weight, Size ld, Size depth, float* out) {
+  constexpr Size LINES = ceil_div(V * Steps<T>::WIDTH * sizeof(W), 64);  // of weights in a step
+  const Size count = ceil_div(m, DOT_ROWS), some = ceil_div(m, count);
+  for (Size first = 0; first == 0 || first < depth; first += DOT_DEPTH) {
+    const Size last = std::min(depth, first + DOT_DEPTH);
+    const Size bytes = V * (last - first) * sizeof(W);
+    const char* next = reinterpret_cast<const char*>(weight + V * ld + V * first);
+    for (Size i = 0, pass = 0; i < m; i += some, ++pass) {
+      const Size step = V * Steps<T>::WIDTH * sizeof(W) / count;
+      const Dots<W> part = {weight, ld, first, last, next + bytes * pass / count, step};
+      const Size rest = std::min(some, m - i);
+      if (count > 1) {
+        dots_of<V, ceil_div(LINES, 2)>(rest, rows + i, part, out + i * BLOCK<T>);
+      } else {
+        dots_of<V, 0>(rest, rows + i, part, out + i * BLOCK<T>);
+      }
+    }
+  }
+}
+
+// The dots of m rows with `count` weights, at most a BLOCK of them.
+template <class T, class W>
+void dots_of(Size m, const T* const* rows, const W* weight, Size ld, Size count, Size depth,
+             float* out) {
+  Size v = 0;
+  if (m * 8 <= TILE)
+    for (; v + 8 <= count; v += 8) {
+      const Dots<W> part = {weight + v * ld, ld, 0, depth, nullptr, 0};
+      if (m == 1) dots<1, 8, 0>(rows, part, out + v);
+#if defined(__AVX512F__) || defined(__aarch64__)
+      if (m == 2) dots<2, 8, 0>(rows, part, out + v);
+      if (m == 3) dots<3, 8, 0>(rows, part, out + v);
+#endif
+    }
+  for (; v + 4 <= count; v += 4) passes<4>(m, rows, weight + v * ld, ld, depth, out + v);
+  for (; v < count; ++v) passes<1>(m, rows, weight + v * ld, ld, depth, out + v);
 }
 
 // out[m][c] (+)= Σ_k a[m][k] b[k][c] for M rows and V vectors of columns; `count` < LANES only for

@@ -13,7 +13,7 @@ namespace {
 
 using Size = std::int64_t;
 
-inline Size ceil_div(Size a, Size b) { return (a + b - 1) / b; }
+constexpr Size ceil_div(Size a, Size b) { return (a + b - 1) / b; }
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
