@@ -7,6 +7,8 @@
 
 #include "native_pairs.h"
 
+#include <omp.h>
+
 namespace {
 
 // Values in float32.
@@ -129,7 +131,7 @@ class Weights {
   }
 
   // The products of m rows, a GROUP at most, a BLOCK of places a row.
-  void multiply(Size m, const M* const* rows, float* out) const {
+  void multiply(Size m, const M* const* rows, const T* after, float* out) const {
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<T, bfloat16>) {
       if (panel_) {
@@ -139,8 +141,8 @@ class Weights {
       }
     }
 #endif
-    if (copy_) return dots_of(m, rows, copy_, depth_, count_, depth_, out);
-    dots_of(m, rows, weight_, ld_, count_, depth_, out);
+    if (copy_) return dots_of(m, rows, copy_, depth_, count_, depth_, copy_, out);
+    dots_of(m, rows, weight_, ld_, count_, depth_, after, out);
   }
 
  private:
@@ -167,7 +169,8 @@ void products(const Groups& groups, Row row, const Stack<T>& weight, Size column
   constexpr Size ROOM = BLOCK<Multiplied<T>>;
   Rows<T> some;
   Weights<T> weights, others;
-  each_block(groups, columns, block_of<T>(depth), [&](Size e, Size first, Size last) {
+  const Size width = block_of<T>(depth);
+  each_block(groups, columns, width, [&](Size e, Size first, Size last) {
     const Size count = last - first, all = groups.rows(e);
     weights.take(weight.row(e, first), weight.ld, count, depth, all);
     if (second) others.take(weight.row(e, first + second), weight.ld, count, depth, all);
@@ -175,8 +178,9 @@ void products(const Groups& groups, Row row, const Stack<T>& weight, Size column
     for (Size r = groups.start[e]; r < groups.start[e + 1]; r += GROUP) {
       const Size m = std::min<Size>(groups.start[e + 1] - r, GROUP);
       const auto rows = some.take(m, [&](Size i) { return row(r + i); }, depth);
-      weights.multiply(m, rows, out);
-      if (second) others.multiply(m, rows, out_second);
+      const T* next = weight.row(e, first + omp_get_num_threads() * width);
+      weights.multiply(m, rows, second ? weight.row(e, first + second) : next, out);
+      if (second) others.multiply(m, rows, next, out_second);
       for (Size i = 0; i < m; ++i)
         finish(e, r + i, first, count, out + i * ROOM, out_second + i * ROOM);
     }

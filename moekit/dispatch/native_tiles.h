@@ -26,11 +26,11 @@ constexpr int DOT_ROWS = TILE / 4;  // rows of a block of dots
 constexpr int GROUP = 8 * DOT_ROWS;  // rows that pass by weights in the nearest cache
 constexpr Size DEPTH = 64;          // of a sum, between two visits of its result
 constexpr Size CHUNK = 512;         // results a row in an item of work of `tile`
-// The same for dots, and bytes of weights in an item of their work.
+// Dots have bytes of a row between two visits of their results, and of weights in an item of work.
 #if defined(__AVX512F__)
-constexpr Size DOT_DEPTH = 1 << 20, BLOCK_BYTES = 1 << 19;
+constexpr Size ROW_BYTES = 1 << 12, BLOCK_BYTES = 1 << 19;
 #else
-constexpr Size DOT_DEPTH = 512, BLOCK_BYTES = 1 << 17;
+constexpr Size ROW_BYTES = 1 << 11, BLOCK_BYTES = 1 << 18;
 #endif
 
 // Results a row of dots in an item of work, at most, by the type of the operands.
@@ -141,57 +141,73 @@ KERNEL dots(const T* const* rows, const Dots<W>& part, float* out) {
 // The same for `m` rows, DOT_ROWS at most.
 template <int V, int FETCH, class T, class W>
 void dots_of(Size m, const T* const* rows, const Dots<W>& part, float* out) {
-  switch (m) {
-    case 1: return dots<1, V, FETCH>(rows, part, out);
-    case 2: return dots<2, V, FETCH>(rows, part, out);
-    case 3: return dots<3, V, FETCH>(rows, part, out);
-#if defined(__AVX512F__) || defined(__aarch64__)
-    case 4: return dots<4, V, FETCH>(rows, part, out);
-    case 5: return dots<5, V, FETCH>(rows, part, out);
-    case 6: return dots<6, V, FETCH>(rows, part, out);
-#endif
+  if (m == 1) return dots<1, V, FETCH>(rows, part, out);
+  if (m == 2) return dots<2, V, FETCH>(rows, part, out);
+  if (m == 3) return dots<3, V, FETCH>(rows, part, out);
+  if constexpr (DOT_ROWS > 3) {
+    if (m == 4) return dots<4, V, FETCH>(rows, part, out);
+    if (m == 5) return dots<5, V, FETCH>(rows, part, out);
+    if (m == 6) return dots<6, V, FETCH>(rows, part, out);
   }
 }
 
-// The dots of any number of rows with V weights. In each pass over the rows the same weights are
-// in the nearest cache, and part of the next ones is asked for.
+// Lines of the cache that V weights fill in a step.
 template <int V, class T, class W>
-void passes(Size m, const T* const* rows, const W* weight, Size ld, Size depth, float* out) {
-  constexpr Size LINES = ceil_div(V * Steps<T>::WIDTH * sizeof(W), 64);  // of weights in a step
+constexpr Size LINES = ceil_div(V * Steps<T>::WIDTH * sizeof(W), 64);
+
+// The dots of any number of rows with V weights. In each pass over the rows the same weights are in
+// the nearest cache, and the next ones are asked for, a line now and then: asked for at once, they
+// would keep the CPU from going on.
+template <int V, class T, class W>
+void passes(Size m, const T* const* rows, const W* weight, Size ld, Size depth, const W* next,
+            float* out) {
   const Size count = ceil_div(m, DOT_ROWS), some = ceil_div(m, count);
-  for (Size first = 0; first == 0 || first < depth; first += DOT_DEPTH) {
-    const Size last = std::min(depth, first + DOT_DEPTH);
+  const Size step = V * Steps<T>::WIDTH * sizeof(W) / count;
+  constexpr Size DEEP = ROW_BYTES / sizeof(T);
+  for (Size first = 0; first < depth; first += DEEP) {
+    const Size last = std::min(depth, first + DEEP);
     const Size bytes = V * (last - first) * sizeof(W);
-    const char* next = reinterpret_cast<const char*>(weight + V * ld + V * first);
+    const char* ahead = reinterpret_cast<const char*>(next + V * first);
     for (Size i = 0, pass = 0; i < m; i += some, ++pass) {
-      const Size step = V * Steps<T>::WIDTH * sizeof(W) / count;
-      const Dots<W> part = {weight, ld, first, last, next + bytes * pass / count, step};
+      const Dots<W> part = {weight, ld, first, last, ahead + bytes * pass / count, step};
       const Size rest = std::min(some, m - i);
+      float* to = out + i * BLOCK<T>;
       if (count > 1) {
-        dots_of<V, ceil_div(LINES, 2)>(rest, rows + i, part, out + i * BLOCK<T>);
+        dots_of<V, ceil_div(LINES<V, T, W>, 2)>(rest, rows + i, part, to);
       } else {
-        dots_of<V, 0>(rest, rows + i, part, out + i * BLOCK<T>);
+        dots_of<V, LINES<V, T, W>>(rest, rows + i, part, to);
       }
     }
   }
 }
 
-// The dots of m rows with `count` weights, at most a BLOCK of them.
+// The dots of few rows with eight weights. Where these are turned into another type, the CPU looks
+// less far ahead by itself.
+template <int M, class T, class W>
+void eight_dots(const T* const* rows, const W* weight, Size ld, Size depth, const W* next,
+                float* out) {
+  constexpr Size step = 8 * Steps<T>::WIDTH * sizeof(W);
+  const Dots<W> part = {weight, ld, 0, depth, reinterpret_cast<const char*>(next), step};
+  dots<M, 8, std::is_same_v<T, W> ? 0 : LINES<8, T, W>>(rows, part, out);
+}
+
+// The dots of m rows with `count` weights, at most a BLOCK of them. Those at `after` will be next.
 template <class T, class W>
 void dots_of(Size m, const T* const* rows, const W* weight, Size ld, Size count, Size depth,
-             float* out) {
+             const W* after, float* out) {
+  const auto next = [&](Size v) { return v < count ? weight + v * ld : after; };
   Size v = 0;
   if (m * 8 <= TILE)
     for (; v + 8 <= count; v += 8) {
-      const Dots<W> part = {weight + v * ld, ld, 0, depth, nullptr, 0};
-      if (m == 1) dots<1, 8, 0>(rows, part, out + v);
-#if defined(__AVX512F__) || defined(__aarch64__)
-      if (m == 2) dots<2, 8, 0>(rows, part, out + v);
-      if (m == 3) dots<3, 8, 0>(rows, part, out + v);
-#endif
+      if (m == 1) eight_dots<1>(rows, weight + v * ld, ld, depth, next(v + 8), out + v);
+      if constexpr (TILE == 24) {
+        if (m == 2) eight_dots<2>(rows, weight + v * ld, ld, depth, next(v + 8), out + v);
+        if (m == 3) eight_dots<3>(rows, weight + v * ld, ld, depth, next(v + 8), out + v);
+      }
     }
-  for (; v + 4 <= count; v += 4) passes<4>(m, rows, weight + v * ld, ld, depth, out + v);
-  for (; v < count; ++v) passes<1>(m, rows, weight + v * ld, ld, depth, out + v);
+  for (; v + 4 <= count; v += 4)
+    passes<4>(m, rows, weight + v * ld, ld, depth, next(v + 4), out + v);
+  for (; v < count; ++v) passes<1>(m, rows, weight + v * ld, ld, depth, next(v + 1), out + v);
 }
 
 // out[m][c] (+)= Σ_k a[m][k] b[k][c] for M rows and V vectors of columns; `count` < LANES only for

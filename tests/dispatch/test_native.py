@@ -218,7 +218,8 @@ def test_what_is_chosen_where_torch_has_no_products_in_half(
 
 
 @needs_pairs
-def test_what_is_chosen_where_there_are_pairs() -> None:
+def test_what_is_chosen_where_there_are_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     crowd = Problem(tokens=3 * NATIVE_IN_HALF, experts=2, k=1, hidden=32)
     for training in (False, True):
         assert backend_of("auto", crowd, torch.bfloat16, training) == "native"
