@@ -210,24 +210,26 @@ void dots_of(Size m, const T* const* rows, const W* weight, Size ld, Size count,
   for (; v < count; ++v) passes<1>(m, rows, weight + v * ld, ld, depth, next(v + 1), out + v);
 }
 
-// out[m][c] (+)= Σ_k a[m][k] b[k][c] for M rows and V vectors of columns; `count` < LANES only for
-// part of a single vector. `a` has the strides (am, ak).
-template <int M, int V, class B, class C>
-KERNEL tile(const float* a, Size am, Size ak, const B* b, Size ld, Size depth, C* out,
-            Size ld_out, bool add, Size count = LANES) {
+// out[m][c] (+)= Σ_k a[m][k] b[k][c] for M rows and V vectors of columns, of which a single one may
+// be a PART with `some` columns. `a` has the strides (am, ak); the sum has at least one term.
+template <int M, int V, bool PART, class B, class C>
+KERNEL tile(const float* a, Size am, Size ak, const B* b, Size ld, Size depth, C* out, Size ld_out,
+            bool add, Size some) {
+  const Size count = PART ? some : LANES;
   Vector total[M][V] = {};
   if (add)
     UNROLLED (int m = 0; m < M; ++m)
       UNROLLED (int v = 0; v < V; ++v)
         total[m][v] = load_some(out + m * ld_out + v * LANES, count);
-  for (Size k = 0; k < depth; ++k) {
+  Size k = 0;
+  do {
     Vector column[V];
     UNROLLED (int v = 0; v < V; ++v) column[v] = kept(load_some(b + k * ld + v * LANES, count));
     UNROLLED (int m = 0; m < M; ++m) {
       const Vector row = splat(a[m * am + k * ak]);
       UNROLLED (int v = 0; v < V; ++v) total[m][v] += row * column[v];
     }
-  }
+  } while (++k < depth);
   UNROLLED (int m = 0; m < M; ++m)
     UNROLLED (int v = 0; v < V; ++v) store_some(out + m * ld_out + v * LANES, total[m][v], count);
 }
@@ -238,11 +240,11 @@ void tiles_of_rows(const float* a, Size am, Size ak, const B* b, Size ld, Size c
   constexpr int V = TILE == 12 ? (M == 1 ? 8 : M == 2 ? 4 : 3) : M <= 2 ? 8 : M <= 4 ? 6 : 3;
   Size c = 0;
   for (; c + V * LANES <= columns; c += V * LANES)
-    tile<M, V>(a, am, ak, b + c, ld, depth, out + c, ld_out, add);
+    tile<M, V, false>(a, am, ak, b + c, ld, depth, out + c, ld_out, add, 0);
   for (; c + LANES <= columns; c += LANES)
-    tile<M, 1>(a, am, ak, b + c, ld, depth, out + c, ld_out, add);
+    tile<M, 1, false>(a, am, ak, b + c, ld, depth, out + c, ld_out, add, 0);
   if (c < columns)
-    tile<M, 1>(a, am, ak, b + c, ld, depth, out + c, ld_out, add, columns - c);
+    tile<M, 1, true>(a, am, ak, b + c, ld, depth, out + c, ld_out, add, columns - c);
 }
 
 template <class B, class C>
