@@ -29,6 +29,9 @@ BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "t
 # element; where neither, up to so many rows an expert, fewer where a backward pass follows.
 NATIVE_IN_HALF = 128
 NATIVE_IN_HALF_TRAINING = 32
+# Rows an expert from which on torch's products are ahead in float32 where there is AVX2 alone and no
+# backward pass follows: even at 512, 1.1 to 1.3 times at 1,024.
+MANY_ROWS = 768
 # Elsewhere: elements of an expert's first weight, and the same times its rows, which is a third of
 # its multiply-adds for gated experts.
 SMALL_EXPERT = 2**16
@@ -145,7 +148,7 @@ def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward, dtype: torch.dtype) ->
     rows = plan.assignment_R.shape[0]
     rows_an_expert = rows / max(1, min(rows, experts))
     whole = dtype in (torch.float32, torch.float64)
-    if (whole or _native_ahead(x_ND, bank, rows_an_expert)) and Native.takes(x_ND, bank):
+    if _native_ahead(x_ND, bank, rows_an_expert, whole) and Native.takes(x_ND, bank):
         return Native()
     if whole and rows_an_expert <= FEW and inner * width >= SMALL_EXPERT:
         return FewRows()
@@ -153,17 +156,25 @@ def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward, dtype: torch.dtype) ->
     return Streamed() if rows_an_expert * inner * width >= little else Grouped()
 
 
-def _native_ahead(x_ND: Tensor, bank: FeedForward, rows_an_expert: float) -> bool:
-    """Whether our own kernels are the fastest in half precision, if they take it."""
-    if rows_an_expert <= NATIVE_IN_HALF_TRAINING or not _torch_multiplies_halves():
+def _native_ahead(x_ND: Tensor, bank: FeedForward, rows_an_expert: float, whole: bool) -> bool:
+    """Whether our own kernels are the fastest, if they take it; ``whole``: float32."""
+    if whole:
+        return rows_an_expert < MANY_ROWS or not _avx2_alone() or _trains(x_ND, bank)
+    if rows_an_expert <= NATIVE_IN_HALF_TRAINING or _avx2_alone():
         return True
-    inputs = (x_ND, *bank.tensors)
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    training = _trains(x_ND, bank)
     if not training and rows_an_expert <= NATIVE_IN_HALF:
         return True
     return Native.in_pairs(bank, rows_an_expert, training)
 
 
-def _torch_multiplies_halves() -> bool:
-    """Whether torch has products in bfloat16 worth the name, as it has none for AVX2 alone."""
-    return torch.backends.cpu.get_cpu_capability() != "AVX2"
+def _avx2_alone() -> bool:
+    """Whether the CPU has AVX2 and nothing newer, where torch multiplies bfloat16 element by
+    element."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def _trains(x_ND: Tensor, bank: FeedForward) -> bool:
+    """Whether a backward pass will follow."""
+    inputs = (x_ND, *bank.tensors)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)

@@ -30,8 +30,8 @@ constexpr Size LEFT = LANES;            // pairs side by side in a left panel
 // out[m][c] = Σ_k left[m][k] · panel[k][c] for M rows and V vectors of columns, of which the last
 // has `count`. The pairs of row m are `step` pairs apart from left[m] on.
 template <int M, int V, class T, class C>
-KERNEL pair_tile(const T* const* left, Size step, const Pair* panel, Size pairs, C* out, Size ld_out,
-                 Size count) {
+KERNEL pair_tile(const T* const* left, Size step, const Pair* panel, Size pairs, C* out,
+                 Size ld_out, Size count) {
   __m512 total[M][V];
   UNROLLED (int m = 0; m < M; ++m)
     UNROLLED (int v = 0; v < V; ++v) total[m][v] = _mm512_setzero_ps();
@@ -77,6 +77,15 @@ void pair_tiles(Size rows, const T* const* left, Size step, const Pair* panel, S
     case 5: return pair_tiles_of_rows<5>(left, step, panel, pairs, columns, out, ld_out);
     case 6: return pair_tiles_of_rows<6>(left, step, panel, pairs, columns, out, ld_out);
   }
+}
+
+// The same for any number of rows, one pair after another, with WIDE places a row of results.
+template <class T, class C>
+void pair_tiles_of_group(Size rows, const T* const* left, const Pair* panel, Size pairs,
+                         Size columns, C* out) {
+  for (Size r = 0; r < rows; r += TALL)
+    pair_tiles(std::min<Size>(rows - r, TALL), left + r, 1, panel, pairs, columns, out + r * WIDE,
+               WIDE);
 }
 
 // 16 pairs of each of 16 rows, from one row after another to one pair after another.

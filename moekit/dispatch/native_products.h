@@ -14,7 +14,9 @@ namespace {
 // Values in float32.
 template <class T>
 void copy(const T* from, Size size, float* to) {
-  each_vector(size, [&](Size i, Size count) { store_some(to + i, load_some(from + i, count), count); });
+  each_vector(size, [&](Size i, Size count) {
+    store_some(to + i, load_some(from + i, count), count);
+  });
 }
 
 // A stack of matrices (E, out, in), each with rows without gaps between elements.
@@ -34,8 +36,8 @@ struct Groups {
   Size rows() const { return used_count ? start[used[used_count - 1] + 1] - start[used[0]] : 0; }
 };
 
-// Calls `step(some groups, their first row)` for runs of experts with few rows together, so that what
-// is made of these on the way stays in the cache and is written over by the next run.
+// Calls `step(some groups, their first row)` for runs of experts with few rows together, so that
+// what is made of these on the way stays in the cache and is written over by the next run.
 constexpr Size RUN = 1024;  // rows for each thread
 
 inline Size rows_at_once(const Groups& groups, Size threads) {
@@ -130,15 +132,12 @@ class Weights {
 #endif
   }
 
-  // The products of m rows, a GROUP at most, a BLOCK of places a row.
+  // The products of m rows, a GROUP at most, a BLOCK of places a row. The weights at `after` will
+  // be next.
   void multiply(Size m, const M* const* rows, const T* after, float* out) const {
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<T, bfloat16>) {
-      if (panel_) {
-        for (Size i = 0; i < m; i += TALL)
-          pair_tiles(std::min<Size>(m - i, TALL), rows + i, 1, panel_, depth_ / 2, count_, out + i * WIDE, WIDE);
-        return;
-      }
+      if (panel_) return pair_tiles_of_group(m, rows, panel_, depth_ / 2, count_, out);
     }
 #endif
     if (copy_) return dots_of(m, rows, copy_, depth_, count_, depth_, copy_, out);
@@ -154,7 +153,7 @@ class Weights {
   Scratch<float> floats_;
 };
 
-// Weights in an item of work: in eights, as many as fit the cache twice, for a second factor.
+// Weights in an item of work: in eights, as many as fit the cache beside those of a second factor.
 template <class T>
 Size block_of(Size depth) {
   const Size fit = BLOCK_BYTES / 2 / (depth * Size(sizeof(Multiplied<T>))) / 8 * 8;
@@ -178,6 +177,7 @@ void products(const Groups& groups, Row row, const Stack<T>& weight, Size column
     for (Size r = groups.start[e]; r < groups.start[e + 1]; r += GROUP) {
       const Size m = std::min<Size>(groups.start[e + 1] - r, GROUP);
       const auto rows = some.take(m, [&](Size i) { return row(r + i); }, depth);
+      // What this thread will most likely get after this.
       const T* next = weight.row(e, first + omp_get_num_threads() * width);
       weights.multiply(m, rows, second ? weight.row(e, first + second) : next, out);
       if (second) others.multiply(m, rows, next, out_second);
@@ -187,8 +187,8 @@ void products(const Groups& groups, Row row, const Stack<T>& weight, Size column
   });
 }
 
-// Rows of an expert from which on what they are multiplied with is laid out in a panel first: `tile`
-// then walks through the nearest cache, whatever the strides of the operand are.
+// Rows of an expert from which on what they are multiplied with is laid out in a panel first:
+// `tile` then walks through the nearest cache, whatever the strides of the operand are.
 constexpr Size PANEL_ROWS = 16;
 constexpr Size PANEL = 96;  // columns
 

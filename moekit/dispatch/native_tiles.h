@@ -21,12 +21,12 @@ constexpr int TILE = 24;  // accumulators, of 32 registers
 #else
 constexpr int TILE = 12;  // of 16
 #endif
-constexpr int ROWS = TILE / 3;      // rows of a tile
-constexpr int DOT_ROWS = TILE / 4;  // rows of a block of dots
+constexpr int ROWS = TILE / 3;       // rows of a tile
+constexpr int DOT_ROWS = TILE / 4;   // rows of a block of dots
 constexpr int GROUP = 8 * DOT_ROWS;  // rows that pass by weights in the nearest cache
-constexpr Size DEPTH = 64;          // of a sum, between two visits of its result
-constexpr Size CHUNK = 512;         // results a row in an item of work of `tile`
-// Dots have bytes of a row between two visits of their results, and of weights in an item of work.
+constexpr Size DEPTH = 64;           // of a sum of `tile`, between two visits of its result
+constexpr Size CHUNK = 512;          // results a row in an item of work of `tile`
+// The same two of dots: bytes of a row, and of weights.
 #if defined(__AVX512F__)
 constexpr Size ROW_BYTES = 1 << 12, BLOCK_BYTES = 1 << 19;
 #else

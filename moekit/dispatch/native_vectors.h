@@ -68,7 +68,7 @@ inline void fetch(const T* from, Size size) {
   for (Size i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
 }
 
-// Less zero, which is the value itself; zero and the value are added up by the compiler, as -0 is 0.
+// Less zero, which is the value itself; a sum with zero is none for -0, and is made.
 Vector splat(float value) { return value - Vector{}; }
 
 // A value in a register, where the compiler might read memory anew at each use.

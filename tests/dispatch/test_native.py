@@ -13,7 +13,7 @@ from feed_forward_problems import PLAIN, PROBLEMS, Problem, compare, results
 from torch import Tensor
 
 from moekit.dispatch import native_library
-from moekit.dispatch.choice import NATIVE_IN_HALF, Choice
+from moekit.dispatch.choice import MANY_ROWS, NATIVE_IN_HALF, Choice
 from moekit.dispatch.fused import feed_forward
 from moekit.dispatch.native_backend import Native, NativeCall, untouched
 from moekit.dispatch.native_library import library
@@ -207,14 +207,16 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_kernels
-def test_what_is_chosen_where_torch_has_no_products_in_half(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_chosen_where_there_is_avx2_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     crowd = Problem(tokens=3 * NATIVE_IN_HALF, experts=2, k=1, hidden=17)
     for training in (False, True):
         assert backend_of("auto", crowd, torch.bfloat16, training) == "native"
         assert backend_of("auto", crowd, torch.float16, training) != "native"
+    few, many = (Problem(tokens=2 * rows, experts=2, k=1) for rows in (MANY_ROWS - 1, MANY_ROWS))
+    assert backend_of("auto", few) == "native"
+    assert backend_of("auto", many) != "native"
+    assert backend_of("auto", many, training=True) == "native"
 
 
 @needs_pairs
