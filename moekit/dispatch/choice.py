@@ -29,8 +29,8 @@ BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "t
 # element; where neither, up to so many rows an expert, fewer where a backward pass follows.
 NATIVE_IN_HALF = 128
 NATIVE_IN_HALF_TRAINING = 32
-# Rows an expert from which on torch's products are ahead in float32 where there is AVX2 alone and no
-# backward pass follows: even at 512, 1.1 to 1.3 times at 1,024.
+# Rows an expert from which on torch's products are ahead in float32 where there is AVX2 alone and
+# no backward pass follows: even at 512, 1.1 to 1.3 times at 1,024.
 MANY_ROWS = 768
 # Elsewhere: elements of an expert's first weight, and the same times its rows, which is a third of
 # its multiply-adds for gated experts.
