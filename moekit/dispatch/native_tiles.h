@@ -140,7 +140,7 @@ KERNEL dots(const T* const* rows, const Dots<W>& part, float* out) {
 
 // The same for `m` rows, DOT_ROWS at most.
 template <int V, int FETCH, class T, class W>
-void dots_of(Size m, const T* const* rows, const Dots<W>& part, float* out) {
+void one_pass(Size m, const T* const* rows, const Dots<W>& part, float* out) {
   if (m == 1) return dots<1, V, FETCH>(rows, part, out);
   if (m == 2) return dots<2, V, FETCH>(rows, part, out);
   if (m == 3) return dots<3, V, FETCH>(rows, part, out);
@@ -173,9 +173,9 @@ void passes(Size m, const T* const* rows, const W* weight, Size ld, Size depth, 
       const Size rest = std::min(some, m - i);
       float* to = out + i * BLOCK<T>;
       if (count > 1) {
-        dots_of<V, ceil_div(LINES<V, T, W>, 2)>(rest, rows + i, part, to);
+        one_pass<V, ceil_div(LINES<V, T, W>, 2)>(rest, rows + i, part, to);
       } else {
-        dots_of<V, LINES<V, T, W>>(rest, rows + i, part, to);
+        one_pass<V, LINES<V, T, W>>(rest, rows + i, part, to);
       }
     }
   }
