@@ -100,6 +100,17 @@ def test_memory_binds_where_rows_are_few() -> None:
     assert timing.saved_bytes == {}
 
 
+@pytest.mark.parametrize(("slower", "wanted"), [(1.5, torch.bfloat16), (50.0, torch.float32)])
+def test_a_cpu_without_products_in_half(
+    slower: float, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its limit is that of float32, in which such numbers are then multiplied."""
+    times = {torch.float32: 1.0, torch.bfloat16: slower}
+    monkeypatch.setattr(roofline, "product_seconds", times.__getitem__)
+    runs = LimitRuns(CPU, torch.bfloat16, side=8, part_bytes=64).runs
+    assert runs[LimitRuns.PRODUCT]().dtype == wanted
+
+
 def test_limits_are_measured() -> None:
     """A product of side 64 in a second is 2 x 64^3 operations a second; a read of 4 KiB its own."""
     runs = LimitRuns(CPU, torch.float32, side=64, part_bytes=4096)
