@@ -28,7 +28,7 @@ constexpr Size DEPTH = 64;           // of a sum of `tile`, between two visits o
 constexpr Size CHUNK = 512;          // results a row in an item of work of `tile`
 // The same two of dots: bytes of a row, and of weights.
 #if defined(__AVX512F__)
-constexpr Size ROW_BYTES = 1 << 12, BLOCK_BYTES = 1 << 19;
+constexpr Size ROW_BYTES = 1 << 12, BLOCK_BYTES = 1 << 20;
 #else
 constexpr Size ROW_BYTES = 1 << 11, BLOCK_BYTES = 1 << 18;
 #endif
