@@ -101,6 +101,14 @@ class Rows {
   Scratch<float> memory_;
 };
 
+// `deep` rows of `count` columns, in float32 and without gaps.
+template <class T>
+const float* panel_of(const T* from, Size ld, Size count, Size deep, Scratch<float>& memory) {
+  float* panel = memory.get(deep * count);
+  for (Size k = 0; k < deep; ++k) copy(from + k * ld, count, panel + k * count);
+  return panel;
+}
+
 // Rows of an expert up to which a copy of weights in float32 does not pay.
 constexpr Size COPIED_ROWS = 24;
 
@@ -115,11 +123,7 @@ class Weights {
     weight_ = weight, ld_ = ld, count_ = count, depth_ = depth;
     panel_ = nullptr, copy_ = nullptr;
     if constexpr (!std::is_same_v<T, M>) {
-      if (rows > COPIED_ROWS) {
-        float* to = floats_.get(count * depth);
-        for (Size i = 0; i < count; ++i) copy(weight + i * ld, depth, to + i * depth);
-        copy_ = to;
-      }
+      if (rows > COPIED_ROWS) copy_ = panel_of(weight, ld, depth, count, floats_);
     }
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<T, bfloat16>) {
@@ -191,14 +195,6 @@ void products(const Groups& groups, Row row, const Stack<T>& weight, Size column
 // `tile` then walks through the nearest cache, whatever the strides of the operand are.
 constexpr Size PANEL_ROWS = 16;
 constexpr Size PANEL = 96;  // columns
-
-// `deep` rows of `count` columns, in float32 and without gaps.
-template <class T>
-const float* panel_of(const T* from, Size ld, Size count, Size deep, Scratch<float>& memory) {
-  float* panel = memory.get(deep * count);
-  for (Size k = 0; k < deep; ++k) copy(from + k * ld, count, panel + k * count);
-  return panel;
-}
 
 // out = rows W for float32 rows (R, depth) without gaps.
 template <class T>
