@@ -2,14 +2,16 @@
 //
 // Rows are sorted by expert: expert e has the rows start[e] to start[e + 1], each a token's copy in
 // name only, since products read tokens where they lie. Every weight is read once, in the layout it
-// has; only for many rows of bfloat16 a block of weights at a time is laid out anew in the cache.
+// has; only for many rows a block of weights at a time is laid out anew in the cache.
 //
 // Letters are those of the library: N tokens, K slots a token, R rows, E experts, D width in, J
 // width before the activation (2 H), H after it, O width out. Sizes are int64; a leading dimension
-// (`ld`) is a stride in elements. Sums are in float32. Threads are OpenMP's; functions with an
-// `omp for` are called by all threads of a region, which wait for each other at its end.
+// (`ld`) is a stride in elements. Sums are in float32. Threads are OpenMP's; those of a
+// region all call each function that shares out work, and go on to the next one until they `meet`.
 
 #include "native_call.h"
+#include "native_gradients.h"
+#include "native_products.h"
 
 #include <numeric>
 
@@ -51,6 +53,7 @@ void forward_pass(const Call& call) {
               store_some(outer_RH + r * hidden + first + i, gate * sigmoid(gate, T{}) * value, count);
             });
           });
+      meet();
       products(
           run, [&](Size r) { return outer_RH + r * hidden; }, down, out_width, 0, hidden,
           [&](Size e, Size r, Size first, Size size, const float* values, const float*) {
@@ -60,6 +63,7 @@ void forward_pass(const Call& call) {
               store_some(out_RO + r * out_width + first + i, value, count);
             });
           });
+      meet();
     });
     combine(call.tokens, call.slots, layout.place(), weights.get(), out_RO, out_width,
             static_cast<T*>(call.y_NO));
@@ -110,42 +114,37 @@ void backward_pass(const Call& call) {
   T* grad_down_EOH = static_cast<T*>(call.grad_down_EOH);
   const Size hidden = call.hidden, inner = 2 * hidden, width = call.width;
   const Size most = std::min(rows_at_once(groups, call.threads), call.rows);
-  const Room<float> own_grad(call.grad_RO ? 0 : most * call.out_width);
-  const Room<float> own_back(call.back_RJ ? 0 : most * inner);
-  const Room<float> back_H(most * hidden), scaled_H(most * hidden);
-  const Room<float> rows_D(grad_up_EJD ? most * width : 0);
+  const RunRows grads(call.grad_RO, call.out_width, most), backs(call.back_RJ, inner, most);
+  const RunRows backs_H(nullptr, hidden, most), scaled_H(nullptr, hidden, most);
+  const RunRows xs(nullptr, width, grad_up_EJD ? most : 0);
   const Room<float> back_D(call.grad_x_ND ? call.rows * width : 0);
   clear_slots(call);
 #pragma omp parallel num_threads(call.threads)
   {
     each_run(groups, most, [&](const Groups& run, Size run_start) {
-      // From row 0 on, of which the run's are there.
-      const auto held = [&](const Room<float>& room, Size columns) {
-        return room.get() - run_start * columns;
-      };
-      float* grad_RO = call.grad_RO ? call.grad_RO : held(own_grad, call.out_width);
-      float* back_RJ = call.back_RJ ? call.back_RJ : held(own_back, inner);
-      float *back_RH = held(back_H, hidden), *scaled_RH = held(scaled_H, hidden);
+      const Matrix grad_RO = grads.from(run_start), back_RJ = backs.from(run_start);
+      const Matrix back_RH = backs_H.from(run_start), scaled_RH = scaled_H.from(run_start);
+      const Matrix x_RD = xs.from(run_start);
       const Size stop = run_start + run.rows();
       gather(run_start, stop, call.assignment_R, call.slots, static_cast<const T*>(call.grad_NO),
-             call.grad_ld, call.out_width, grad_RO);
-      back_products(run, grad_RO, down, hidden, call.out_width, back_RH);
+             call.grad_ld, grad_RO);
+      if (grad_up_EJD)
+        gather(run_start, stop, call.assignment_R, call.slots, static_cast<const T*>(call.x_ND),
+               call.x_ld, x_RD);
+      meet();
+      back_products(run, grad_RO, down, back_RH);
+      meet();
 #pragma omp for schedule(static)
       for (Size r = run_start; r < stop; ++r) {
         const Size slot = call.assignment_R[r];
         call.grad_NK[slot] =
-            pull_back(hidden, inner_RJ + r * inner, back_RH + r * hidden, weights.get()[slot],
-                      scaled_RH + r * hidden, back_RJ + r * inner);
+            pull_back(hidden, inner_RJ + r * inner, back_RH.row(r), weights.get()[slot],
+                      scaled_RH.row(r), back_RJ.row(r));
       }
-      if (grad_down_EOH)
-        weight_gradient(run, grad_RO, call.out_width, scaled_RH, hidden, grad_down_EOH);
-      if (grad_up_EJD) {
-        float* rows_RD = held(rows_D, width);
-        gather(run_start, stop, call.assignment_R, call.slots, static_cast<const T*>(call.x_ND),
-               call.x_ld, width, rows_RD);
-        weight_gradient(run, back_RJ, inner, rows_RD, width, grad_up_EJD);
-      }
-      if (call.grad_x_ND) back_products(run, back_RJ, up, width, inner, back_D.get());
+      if (grad_down_EOH) weight_gradient(run, grad_RO, scaled_RH, grad_down_EOH);
+      if (grad_up_EJD) weight_gradient(run, back_RJ, x_RD, grad_up_EJD);
+      if (call.grad_x_ND) back_products(run, back_RJ, up, {back_D.get(), width, width});
+      meet();
     });
     clear(call, groups, grad_up_EJD, grad_down_EOH);
     if (call.grad_x_ND)
@@ -254,6 +253,7 @@ void backward_pass_in_pairs(const Call& call) {
                            [&](Size e, Size r, Size m, Size first, Size size, const float* sums) {
                              pull_back_pairs(call, e, r, m, first, size, sums, between);
                            });
+      meet();
 #pragma omp for schedule(static)
       for (Size r = first_row; r < first_row + run.rows(); ++r) {
         const float* parts = grad_RB.get() + (r - first_row) * blocks;
@@ -272,6 +272,7 @@ void backward_pass_in_pairs(const Call& call) {
                              load_some(sums + i * WIDE + c, count), count);
                 });
             });
+      meet();
     });
     clear(call, groups, grad_up_EJD, grad_down_EOH);
     if (call.grad_x_ND)

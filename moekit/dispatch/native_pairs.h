@@ -8,10 +8,7 @@
 
 #pragma once
 
-#include "native_tiles.h"
-
-#include <algorithm>
-#include <type_traits>
+#include "native_dots.h"
 
 namespace {
 

@@ -1,267 +1,245 @@
-// Products of a few rows with a few columns.
+// Products of rows with an operand that runs along the result.
 //
-// Two kernels serve all six products of a training step. `dots` is for rows Wᵀ, where both operands
-// run along the sum, and ends in horizontal sums. `tile` is for the others, where the right operand
-// runs along the result. Sums are in float32. A leading dimension (`ld`) is a stride in elements.
+// Of few rows it is read where it lies. For many it is first laid out as strips, through which
+// `tile` walks from one end to the other, in the nearest cache; the left operand is read where it
+// lies, along the sum. A leading dimension (`ld`) is a stride in elements.
 
 #pragma once
 
 #include "native_vectors.h"
 
-// A loop of a fixed, small number of rounds, unrolled before the compiler decides what lives in
-// registers.
-#define UNROLLED _Pragma("GCC unroll 24") for
-// Kernels have all registers for themselves, none for what surrounds their call.
-#define KERNEL __attribute__((noinline)) void
-
 namespace {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int TILE = 24;  // accumulators, of 32 registers
-#else
-constexpr int TILE = 12;  // of 16
-#endif
 constexpr int ROWS = TILE / 3;       // rows of a tile
-constexpr int DOT_ROWS = TILE / 4;   // rows of a block of dots
-constexpr int GROUP = 8 * DOT_ROWS;  // rows that pass by weights in the nearest cache
-constexpr Size DEPTH = 64;           // of a sum of `tile`, between two visits of its result
-constexpr Size CHUNK = 512;          // results a row in an item of work of `tile`
-// The same two of dots: bytes of a row, and of weights.
-#if defined(__AVX512F__)
-constexpr Size ROW_BYTES = 1 << 12, BLOCK_BYTES = 1 << 20;
-#else
-constexpr Size ROW_BYTES = 1 << 11, BLOCK_BYTES = 1 << 18;
-#endif
+constexpr Size STRIP = 3 * LANES;    // columns of a strip, at most
+constexpr Size DEPTH = 256;          // of a strip, at most
+constexpr Size WIDTH = 96;           // columns that are laid out as strips at once
+constexpr Size APART = 16;           // values between rows of own memory, see `RunRows`
+constexpr Size SHALLOW = 64;         // likewise, of an operand where it lies
 
-// Results a row of dots in an item of work, at most, by the type of the operands.
-template <class T>
-constexpr Size BLOCK = 48;
-#if defined(__AVX512BF16__)
-template <>
-constexpr Size BLOCK<bfloat16> = 64;
-#endif
-
-// What one step of a dot product takes from rows of type T and from weights.
-template <class T>
-struct Steps {
-  static constexpr int WIDTH = LANES;
-  template <class W>
-  static Vector take(const W* from) { return kept(load(from)); }
-  static Vector add(Vector total, Vector a, Vector b) { return total + a * b; }
+// The left operand: element k of row m is rows[m][first + k * step].
+struct Left {
+  const float* const* rows;
+  Size first, step;
 };
 
-#if defined(__AVX512BF16__)
-template <>
-struct Steps<bfloat16> {
-  static constexpr int WIDTH = 2 * LANES;
-  static __m512bh take(const bfloat16* from) { return kept((__m512bh)_mm512_loadu_si512(from)); }
-  static Vector add(Vector total, __m512bh a, __m512bh b) {
-    return (Vector)_mm512_dpbf16_ps((__m512)total, a, b);
-  }
-};
-#endif
-
-// The sums of four vectors, side by side.
-inline Four sums(const Vector* four) {
-#if defined(__AVX512F__)
-  const __m512 a = (__m512)four[0], b = (__m512)four[1], c = (__m512)four[2], d = (__m512)four[3];
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  const __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all),
-                                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
-  return (Four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-#elif defined(__AVX__)
-  const __m256 a = (__m256)four[0], b = (__m256)four[1], c = (__m256)four[2], d = (__m256)four[3];
-  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  return (Four)_mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-#else
-  return Four{sum(four[0]), sum(four[1]), sum(four[2]), sum(four[3])};
-#endif
-}
-
-// A part of a sum, elements `first` to `last`, over weights that lie `ld` apart; meanwhile what is
-// at `ahead` is asked for, in steps of so many bytes.
-template <class W>
-struct Dots {
-  const W* weight;
-  Size ld, first, last;
-  const char* ahead;
-  Size step;
+// Where a product goes, or, with `add`, what it is added to.
+template <class C>
+struct Result {
+  C* data;
+  Size ld;
+  bool add;
+  Result at(Size row, Size column) const { return {data + row * ld + column, ld, add}; }
 };
 
-// Adds to out[m][v], a BLOCK a row, the elements from `first` on, too few for a step.
-template <class T, class W>
-void add_rest(int m, int v, const T* const* rows, const Dots<W>& part, Size first, float* out) {
-  for (int i = 0; i < m; ++i)
-    for (int j = 0; j < v; ++j)
-      for (Size k = first; k < part.last; ++k)
-        out[i * BLOCK<T> + j] += number(rows[i][k]) * number(part.weight[j * part.ld + k]);
-}
-
-// out[m][v] (+)= row m · weight v, for M rows and V weights; from the second part of a sum on it is
-// added to. FETCH lines of the cache are asked for at each step.
-template <int M, int V, int FETCH, class T, class W>
-KERNEL dots(const T* const* rows, const Dots<W>& part, float* out) {
-  using S = Steps<T>;
-  Vector total[M][V] = {};
-  const char* ahead = part.ahead;
-  Size k = part.first;
-  for (; k + S::WIDTH <= part.last; k += S::WIDTH) {
-    decltype(S::take(rows[0])) row[M];
-    UNROLLED (int m = 0; m < M; ++m) row[m] = S::take(rows[m] + k);
-    UNROLLED (int i = 0; i < FETCH; ++i) __builtin_prefetch(ahead + i * 64);
-    if constexpr (FETCH > 0) ahead += part.step;
-    UNROLLED (int v = 0; v < V; ++v) {
-      const auto weight = S::take(part.weight + v * part.ld + k);
-      UNROLLED (int m = 0; m < M; ++m) total[m][v] = S::add(total[m][v], row[m], weight);
-    }
-  }
-  UNROLLED (int m = 0; m < M; ++m) {
-    float* to = out + m * BLOCK<T>;
-    if constexpr (V % 4 == 0) {
-      UNROLLED (int v = 0; v < V; v += 4) {
-        Four four = sums(total[m] + v);
-        if (part.first) {
-          Four before;
-          std::memcpy(&before, to + v, sizeof before);
-          four += before;
-        }
-        std::memcpy(to + v, &four, sizeof four);
-      }
-    } else {
-      UNROLLED (int v = 0; v < V; ++v) to[v] = sum(total[m][v]) + (part.first ? to[v] : 0.f);
-    }
-  }
-  if (k < part.last) add_rest(M, V, rows, part, k, out);
-}
-
-// The same for `m` rows, DOT_ROWS at most.
-template <int V, int FETCH, class T, class W>
-void one_pass(Size m, const T* const* rows, const Dots<W>& part, float* out) {
-  if (m == 1) return dots<1, V, FETCH>(rows, part, out);
-  if (m == 2) return dots<2, V, FETCH>(rows, part, out);
-  if (m == 3) return dots<3, V, FETCH>(rows, part, out);
-  if constexpr (DOT_ROWS > 3) {
-    if (m == 4) return dots<4, V, FETCH>(rows, part, out);
-    if (m == 5) return dots<5, V, FETCH>(rows, part, out);
-    if (m == 6) return dots<6, V, FETCH>(rows, part, out);
-  }
-}
-
-// Lines of the cache that V weights fill in a step.
-template <int V, class T, class W>
-constexpr Size LINES = ceil_div(V * Steps<T>::WIDTH * sizeof(W), 64);
-
-// The dots of any number of rows with V weights. In each pass over the rows the same weights are in
-// the nearest cache, and the next ones are asked for, a line now and then: asked for at once, they
-// would keep the CPU from going on.
-template <int V, class T, class W>
-void passes(Size m, const T* const* rows, const W* weight, Size ld, Size depth, const W* next,
-            float* out) {
-  const Size count = ceil_div(m, DOT_ROWS), some = ceil_div(m, count);
-  const Size step = V * Steps<T>::WIDTH * sizeof(W) / count;
-  constexpr Size DEEP = ROW_BYTES / sizeof(T);
-  for (Size first = 0; first < depth; first += DEEP) {
-    const Size last = std::min(depth, first + DEEP);
-    const Size bytes = V * (last - first) * sizeof(W);
-    const char* ahead = reinterpret_cast<const char*>(next + V * first);
-    for (Size i = 0, pass = 0; i < m; i += some, ++pass) {
-      const Dots<W> part = {weight, ld, first, last, ahead + bytes * pass / count, step};
-      const Size rest = std::min(some, m - i);
-      float* to = out + i * BLOCK<T>;
-      if (count > 1) {
-        one_pass<V, ceil_div(LINES<V, T, W>, 2)>(rest, rows + i, part, to);
-      } else {
-        one_pass<V, LINES<V, T, W>>(rest, rows + i, part, to);
-      }
-    }
-  }
-}
-
-// The dots of few rows with eight weights. Where these are turned into another type, the CPU looks
-// less far ahead by itself.
-template <int M, class T, class W>
-void eight_dots(const T* const* rows, const W* weight, Size ld, Size depth, const W* next,
-                float* out) {
-  constexpr Size step = 8 * Steps<T>::WIDTH * sizeof(W);
-  const Dots<W> part = {weight, ld, 0, depth, reinterpret_cast<const char*>(next), step};
-  dots<M, 8, std::is_same_v<T, W> ? 0 : LINES<8, T, W>>(rows, part, out);
-}
-
-// The dots of m rows with `count` weights, at most a BLOCK of them. Those at `after` will be next.
-template <class T, class W>
-void dots_of(Size m, const T* const* rows, const W* weight, Size ld, Size count, Size depth,
-             const W* after, float* out) {
-  const auto next = [&](Size v) { return v < count ? weight + v * ld : after; };
-  Size v = 0;
-  if (m * 8 <= TILE)
-    for (; v + 8 <= count; v += 8) {
-      if (m == 1) eight_dots<1>(rows, weight + v * ld, ld, depth, next(v + 8), out + v);
-      if constexpr (TILE == 24) {
-        if (m == 2) eight_dots<2>(rows, weight + v * ld, ld, depth, next(v + 8), out + v);
-        if (m == 3) eight_dots<3>(rows, weight + v * ld, ld, depth, next(v + 8), out + v);
-      }
-    }
-  for (; v + 4 <= count; v += 4)
-    passes<4>(m, rows, weight + v * ld, ld, depth, next(v + 4), out + v);
-  for (; v < count; ++v) passes<1>(m, rows, weight + v * ld, ld, depth, next(v + 1), out + v);
-}
-
-// out[m][c] (+)= Σ_k a[m][k] b[k][c] for M rows and V vectors of columns, of which a single one may
-// be a PART with `some` columns. `a` has the strides (am, ak); the sum has at least one term.
+// result[m][c] (+)= Σ_k left[m][k] b[k][c] for M rows and V vectors of columns, of which a single
+// one may be a PART with `some` columns.
 template <int M, int V, bool PART, class B, class C>
-KERNEL tile(const float* a, Size am, Size ak, const B* b, Size ld, Size depth, C* out, Size ld_out,
-            bool add, Size some) {
-  const Size count = PART ? some : LANES;
+KERNEL tile(const Left& left, const B* b, Size ld, Size depth, const Result<C>& result,
+            Size some) {
+  const Size count = PART ? some : LANES, step = left.step;
+  C* out = result.data;
   Vector total[M][V] = {};
-  if (add)
+  const float* row[M];
+  UNROLLED (int m = 0; m < M; ++m) row[m] = left.rows[m] + left.first;
+  if (result.add)
     UNROLLED (int m = 0; m < M; ++m)
       UNROLLED (int v = 0; v < V; ++v)
-        total[m][v] = load_some(out + m * ld_out + v * LANES, count);
-  Size k = 0;
-  do {
+        total[m][v] = load_some(out + m * result.ld + v * LANES, count);
+  for (Size k = 0; k < depth; ++k, b += ld) {
     Vector column[V];
-    UNROLLED (int v = 0; v < V; ++v) column[v] = kept(load_some(b + k * ld + v * LANES, count));
+    UNROLLED (int v = 0; v < V; ++v) column[v] = kept(load_some(b + v * LANES, count));
     UNROLLED (int m = 0; m < M; ++m) {
-      const Vector row = splat(a[m * am + k * ak]);
-      UNROLLED (int v = 0; v < V; ++v) total[m][v] += row * column[v];
+      const Vector value = splat(row[m][k * step]);
+      UNROLLED (int v = 0; v < V; ++v) total[m][v] += value * column[v];
     }
-  } while (++k < depth);
+  }
   UNROLLED (int m = 0; m < M; ++m)
-    UNROLLED (int v = 0; v < V; ++v) store_some(out + m * ld_out + v * LANES, total[m][v], count);
+    UNROLLED (int v = 0; v < V; ++v)
+      store_some(out + m * result.ld + v * LANES, total[m][v], count);
 }
 
+// The same for an operand that lies where it lies, and any number of columns.
 template <int M, class B, class C>
-void tiles_of_rows(const float* a, Size am, Size ak, const B* b, Size ld, Size columns, Size depth,
-                   C* out, Size ld_out, bool add) {
+void tiles_of_rows(const Left& left, const B* b, Size ld, Size columns, Size depth,
+                   const Result<C>& out) {
   constexpr int V = TILE == 12 ? (M == 1 ? 8 : M == 2 ? 4 : 3) : M <= 2 ? 8 : M <= 4 ? 6 : 3;
   Size c = 0;
   for (; c + V * LANES <= columns; c += V * LANES)
-    tile<M, V, false>(a, am, ak, b + c, ld, depth, out + c, ld_out, add, 0);
+    tile<M, V, false>(left, b + c, ld, depth, out.at(0, c), 0);
   for (; c + LANES <= columns; c += LANES)
-    tile<M, 1, false>(a, am, ak, b + c, ld, depth, out + c, ld_out, add, 0);
-  if (c < columns)
-    tile<M, 1, true>(a, am, ak, b + c, ld, depth, out + c, ld_out, add, columns - c);
+    tile<M, 1, false>(left, b + c, ld, depth, out.at(0, c), 0);
+  if (c < columns) tile<M, 1, true>(left, b + c, ld, depth, out.at(0, c), columns - c);
 }
 
+// The same for m rows, ROWS at most.
 template <class B, class C>
-void tiles_of(Size m, const float* a, Size am, Size ak, const B* b, Size ld, Size columns,
-              Size depth, C* out, Size ld_out, bool add) {
+void tiles_of(Size m, const Left& left, const B* b, Size ld, Size columns, Size depth,
+              const Result<C>& out) {
   switch (m) {
-    case 1: return tiles_of_rows<1>(a, am, ak, b, ld, columns, depth, out, ld_out, add);
-    case 2: return tiles_of_rows<2>(a, am, ak, b, ld, columns, depth, out, ld_out, add);
-    case 3: return tiles_of_rows<3>(a, am, ak, b, ld, columns, depth, out, ld_out, add);
-    case 4: return tiles_of_rows<4>(a, am, ak, b, ld, columns, depth, out, ld_out, add);
+    case 1: return tiles_of_rows<1>(left, b, ld, columns, depth, out);
+    case 2: return tiles_of_rows<2>(left, b, ld, columns, depth, out);
+    case 3: return tiles_of_rows<3>(left, b, ld, columns, depth, out);
+    case 4: return tiles_of_rows<4>(left, b, ld, columns, depth, out);
 #if defined(__AVX512F__) || defined(__aarch64__)
-    case 5: return tiles_of_rows<5>(a, am, ak, b, ld, columns, depth, out, ld_out, add);
-    case 6: return tiles_of_rows<6>(a, am, ak, b, ld, columns, depth, out, ld_out, add);
-    case 7: return tiles_of_rows<7>(a, am, ak, b, ld, columns, depth, out, ld_out, add);
-    case 8: return tiles_of_rows<8>(a, am, ak, b, ld, columns, depth, out, ld_out, add);
+    case 5: return tiles_of_rows<5>(left, b, ld, columns, depth, out);
+    case 6: return tiles_of_rows<6>(left, b, ld, columns, depth, out);
+    case 7: return tiles_of_rows<7>(left, b, ld, columns, depth, out);
+    case 8: return tiles_of_rows<8>(left, b, ld, columns, depth, out);
 #endif
   }
+}
+
+// Vectors of the next strip of so many columns: three, or two where a single one would be left
+// over, whose products would keep the CPU waiting for each other.
+inline Size vectors_of_strip(Size columns) {
+  const Size vectors = ceil_div(columns, LANES);
+  return vectors == 4 ? 2 : std::min<Size>(vectors, 3);
+}
+
+// Calls `step(first column, vectors, columns)` for each strip. It lies, one row after another and
+// filled up to whole vectors, behind those of the columns before.
+template <class Step>
+inline void each_strip(Size columns, Step step) {
+  for (Size c = 0, vectors; c < columns; c += vectors * LANES) {
+    vectors = vectors_of_strip(columns - c);
+    step(c, vectors, std::min<Size>(columns - c, vectors * LANES));
+  }
+}
+
+// Values that strips of so many columns and rows fill.
+inline Size strips_size(Size columns, Size depth) { return ceil_div(columns, LANES) * LANES * depth; }
+
+// Strips of a matrix (depth, columns).
+template <class T>
+void strips_of_rows(const T* from, Size ld, Size columns, Size depth, float* strips) {
+  constexpr Size AHEAD = 8;  // rows lie apart, so that the CPU does not see the next one coming
+  for (Size k = 0; k < depth; ++k) {
+    if (k + AHEAD < depth) fetch(from + (k + AHEAD) * ld, columns);
+    each_strip(columns, [&](Size c, Size vectors, Size count) {
+      float* to = strips + c * depth + k * vectors * LANES;
+      for (Size i = 0; i < count; i += LANES)
+        store(to + i, load_some(from + k * ld + c + i, std::min<Size>(count - i, LANES)));
+    });
+  }
+}
+
+// to[c][r] = from[r][c] for eight rows and eight columns.
+inline void transpose_eight(const float* from, Size ld, float* to, Size ld_to) {
+#if defined(__AVX__)
+  __m256 row[8], two[8], four[8];
+  UNROLLED (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(from + i * ld);
+  UNROLLED (int i = 0; i < 8; i += 2) {
+    two[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    two[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  UNROLLED (int i = 0; i < 8; i += 4)
+    UNROLLED (int j = 0; j < 2; ++j) {
+      four[i + 2 * j] = _mm256_shuffle_ps(two[i + j], two[i + j + 2], 0x44);
+      four[i + 2 * j + 1] = _mm256_shuffle_ps(two[i + j], two[i + j + 2], 0xee);
+    }
+  UNROLLED (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * ld_to, _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * ld_to, _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
+  }
+#else
+  for (Size c = 0; c < 8; ++c)
+    for (Size r = 0; r < 8; ++r) to[c * ld_to + r] = from[r * ld + c];
+#endif
+}
+
+// to[c][r] = from[r][c].
+inline void transpose(const float* from, Size ld, Size rows, Size columns, float* to, Size ld_to) {
+  for (Size r = 0; r < rows; r += 8)
+    for (Size c = 0; c < columns; c += 8) {
+      const float* block = from + r * ld + c;
+      float* turned = to + c * ld_to + r;
+      if (c % 16 == 0)  // a line of the cache; rows lie apart, the CPU does not see these coming
+        for (Size j = 8; j < std::min<Size>(16, rows - r); ++j) __builtin_prefetch(block + j * ld);
+      if (r + 8 <= rows && c + 8 <= columns) {
+        transpose_eight(block, ld, turned, ld_to);
+        continue;
+      }
+      for (Size i = 0; i < std::min<Size>(columns - c, 8); ++i)
+        for (Size j = 0; j < std::min<Size>(rows - r, 8); ++j) turned[i * ld_to + j] = block[j * ld + i];
+    }
+}
+
+// Strips of a matrix that is given transposed, (columns, depth); at most DEPTH.
+template <class T>
+void strips_of_columns(const T* from, Size ld, Size columns, Size depth, float* strips) {
+  each_strip(columns, [&](Size c, Size vectors, Size count) {
+    const Size width = vectors * LANES;
+    float* strip = strips + c * depth;
+    if (count < width) std::fill(strip, strip + width * depth, 0.f);
+    if constexpr (std::is_same_v<T, float>) {
+      transpose(from + c * ld, ld, count, depth, strip, width);
+    } else {
+      float rows[8 * DEPTH];
+      for (Size i = 0; i < count; i += 8) {
+        const Size some = std::min<Size>(count - i, 8);
+        for (Size j = 0; j < some; ++j) copy(from + (c + i + j) * ld, depth, rows + j * DEPTH);
+        transpose(rows, DEPTH, some, depth, strip + i, width);
+      }
+    }
+  });
+}
+
+// Pointers to rows of a matrix.
+template <int MOST>
+class Pointers {
+ public:
+  Pointers(Size count, const float* first, Size ld) {
+    for (Size i = 0; i < count; ++i) rows_[i] = first + i * ld;
+  }
+  const float* const* get() const { return rows_; }
+
+ private:
+  const float* rows_[MOST];
+};
+
+// Multiplies m rows with a strip, ROWS of them or a few less at a time.
+template <int V>
+void tiles_of_strip(Size m, Left left, const float* strip, Size depth, const Result<float>& out) {
+  constexpr Size WIDTH = V * LANES;
+  const Size some = ceil_div(m, ceil_div(m, ROWS));
+  for (Size i = 0; i < m; i += some, left.rows += some) {
+    const Result<float> to = out.at(i, 0);
+    switch (std::min(some, m - i)) {
+      case 1: tile<1, V, false>(left, strip, WIDTH, depth, to, 0); break;
+      case 2: tile<2, V, false>(left, strip, WIDTH, depth, to, 0); break;
+      case 3: tile<3, V, false>(left, strip, WIDTH, depth, to, 0); break;
+      case 4: tile<4, V, false>(left, strip, WIDTH, depth, to, 0); break;
+#if defined(__AVX512F__) || defined(__aarch64__)
+      case 5: tile<5, V, false>(left, strip, WIDTH, depth, to, 0); break;
+      case 6: tile<6, V, false>(left, strip, WIDTH, depth, to, 0); break;
+      case 7: tile<7, V, false>(left, strip, WIDTH, depth, to, 0); break;
+      case 8: tile<8, V, false>(left, strip, WIDTH, depth, to, 0); break;
+#endif
+    }
+  }
+}
+
+// out[m][c] (+)= Σ_k left[m][k] b[k][c] for any number of rows, and b in strips.
+inline void multiply_strips(Size m, const Left& left, const float* strips, Size columns,
+                            Size depth, const Result<float>& out, Scratch<float>& memory) {
+  each_strip(columns, [&](Size c, Size vectors, Size count) {
+    const Size width = vectors * LANES;
+    const bool whole = count == width;
+    Result<float> to = out.at(0, c);
+    if (!whole) {
+      to = {memory.get(m * width), width, out.add};
+      if (out.add)
+        for (Size i = 0; i < m; ++i)
+          std::copy_n(out.at(i, c).data, count, to.at(i, 0).data);
+    }
+    const float* strip = strips + c * depth;
+    if (vectors == 1) tiles_of_strip<1>(m, left, strip, depth, to);
+    if (vectors == 2) tiles_of_strip<2>(m, left, strip, depth, to);
+    if (vectors == 3) tiles_of_strip<3>(m, left, strip, depth, to);
+    if (!whole)
+      for (Size i = 0; i < m; ++i) std::copy_n(to.at(i, 0).data, count, out.at(i, c).data);
+  });
 }
 
 }  // namespace

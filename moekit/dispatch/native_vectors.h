@@ -2,12 +2,20 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
+
+// A loop of a fixed, small number of rounds, unrolled before the compiler decides what lives in
+// registers.
+#define UNROLLED _Pragma("GCC unroll 24") for
+// Kernels have all registers for themselves, none for what surrounds their call.
+#define KERNEL __attribute__((noinline)) void
 
 namespace {
 
@@ -21,6 +29,12 @@ constexpr int LANES = 16;
 constexpr int LANES = 4;
 #else
 constexpr int LANES = 8;
+#endif
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int TILE = 24;  // accumulators of a kernel, of 32 registers
+#else
+constexpr int TILE = 12;  // of 16
 #endif
 
 typedef float Vector __attribute__((vector_size(LANES * 4)));
@@ -155,6 +169,14 @@ inline void store_some(T* to, Vector value, Size count) {
   } else {
     store(to, value, count);
   }
+}
+
+// Values in float32.
+template <class T>
+void copy(const T* from, Size size, float* to) {
+  each_vector(size, [&](Size i, Size count) {
+    store_some(to + i, load_some(from + i, count), count);
+  });
 }
 
 float sum(Vector value) {

@@ -40,6 +40,10 @@ LARGER = {
     ),
     "in pairs, several runs": Problem(tokens=1500, experts=9, k=3, width=34, hidden=80, seed=5),
     "in pairs, whole blocks": Problem(tokens=260, experts=2, width=128, hidden=192, seed=6),
+    "many rows, sums in parts": Problem(tokens=230, experts=2, width=300, hidden=270, seed=8),
+    # Counts lie on both sides of the rows from which operands are laid out.
+    "few rows and many": Problem(tokens=480, experts=10, k=2, width=41, hidden=65, bias=True),
+    "few rows and some": Problem(tokens=80, experts=10, k=2, width=41, hidden=65, seed=9),
     "sums in parts": Problem(tokens=40, experts=3, width=1300, hidden=1100, bias=True, seed=7),
     "one wide row an expert": Problem(tokens=4, experts=16, k=1, width=1030, hidden=520, seed=3),
 }

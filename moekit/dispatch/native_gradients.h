@@ -1,0 +1,172 @@
+// Products of the backward pass: rows W, and gradients of weights.
+
+#pragma once
+
+#include "native_groups.h"
+#include "native_pairs.h"
+
+namespace {
+
+constexpr Size HEIGHT = 192;  // rows of a gradient in an item of work
+constexpr Size CHUNK = 512;   // columns, likewise
+
+// out = rows W.
+template <class T>
+void back_products(const Groups& groups, const Matrix& rows, const Stack<T>& weight,
+                   const Matrix& out) {
+  const Size depth = rows.columns, columns = out.columns;
+  each_block(groups.used_count, groups.used, columns, CHUNK, [&](Size e, Size first, Size last) {
+    if (groups.rows(e) >= STRIP_ROWS) return;
+    for (Size k = 0; k < depth; k += SHALLOW)
+      for (Size r = groups.start[e]; r < groups.start[e + 1]; r += ROWS) {
+        const Size m = std::min<Size>(groups.start[e + 1] - r, ROWS);
+        const Pointers<ROWS> left(m, rows.row(r), rows.ld);
+        tiles_of(m, {left.get(), k, 1}, weight.row(e, k) + first, weight.ld, last - first,
+                 std::min(depth - k, SHALLOW), Result<float>{out.row(r) + first, out.ld, k > 0});
+      }
+  });
+  Scratch<float> strips, border;
+  each_block(groups.stretch_count, groups.stretch, columns, WIDTH,
+             [&](const Stretch& part, Size first, Size last) {
+    const Size e = part.expert, m = part.last - part.first, count = last - first;
+    const Pointers<STRETCH> left(m, rows.row(part.first), rows.ld);
+    float* const operand = strips.get(WIDTH * DEPTH);
+    for (Size k = 0; k < depth; k += DEPTH) {
+      const Size deep = std::min(depth - k, DEPTH);
+      strips_of_rows(weight.row(e, k) + first, weight.ld, count, deep, operand);
+      multiply_strips(m, {left.get(), k, 1}, operand, count, deep,
+                      {out.row(part.first) + first, out.ld, k > 0}, border);
+    }
+  });
+}
+
+// out = leftᵀ right over the few rows of an expert.
+template <class T>
+void gradient_of_few(Size rows, const Matrix& left, const Matrix& right, T* out) {
+  for (Size o = 0; o < left.columns; o += ROWS) {
+    const Size m = std::min<Size>(left.columns - o, ROWS);
+    const Pointers<ROWS> some(m, left.data + o, 1);
+    tiles_of(m, {some.get(), 0, left.ld}, right.data, right.ld, right.columns, rows,
+             Result<T>{out + o * right.columns, right.columns, false});
+  }
+}
+
+// What a thread needs for the gradient of an expert with many rows.
+struct GradientRoom {
+  Scratch<float> left, strips, sums, border;
+};
+
+// The same over many rows, for HEIGHT columns on the left at most.
+template <class T>
+void gradient_of_many(Size rows, const Matrix& left, const Matrix& right, T* out,
+                      GradientRoom& room) {
+  constexpr Size LD = DEPTH + APART;
+  const Size height = left.columns, columns = right.columns;
+  float* const turned = room.left.get(HEIGHT * LD);
+  float* const strips = room.strips.get(WIDTH * DEPTH);
+  const Pointers<HEIGHT> some(height, turned, LD);
+  for (Size first = 0; first < columns; first += CHUNK) {
+    const Size chunk = std::min(columns - first, CHUNK);
+    Result<float> sums = {room.sums.get(HEIGHT * CHUNK), CHUNK, false};
+    if constexpr (std::is_same_v<T, float>) sums = {out + first, columns, false};
+    for (Size r = 0; r < rows; r += DEPTH) {
+      const Size deep = std::min(rows - r, DEPTH);
+      sums.add = r > 0;
+      transpose(left.row(r), left.ld, deep, height, turned, LD);
+      for (Size c = 0; c < chunk; c += WIDTH) {
+        const Size count = std::min(chunk - c, WIDTH);
+        strips_of_rows(right.row(r) + first + c, right.ld, count, deep, strips);
+        multiply_strips(height, {some.get(), 0, 1}, strips, count, deep, sums.at(0, c),
+                        room.border);
+      }
+    }
+    if constexpr (!std::is_same_v<T, float>)
+      for (Size o = 0; o < height; ++o)
+        each_vector(chunk, [&](Size c, Size count) {
+          store_some(out + o * columns + first + c, load_some(sums.at(o, c).data, count), count);
+        });
+  }
+}
+
+// out[e] = leftᵀ right over the rows of each expert that has some.
+template <class T>
+void weight_gradient(const Groups& groups, const Matrix& left, const Matrix& right, T* out) {
+  GradientRoom room;
+  const Size height = left.columns;
+  each_block(groups.used_count, groups.used, height, HEIGHT, [&](Size e, Size first, Size last) {
+    const Size start = groups.start[e], rows = groups.rows(e);
+    const Matrix some = {left.row(start) + first, last - first, left.ld};
+    const Matrix others = {right.row(start), right.columns, right.ld};
+    T* to = out + (e * height + first) * right.columns;
+    if (rows < STRIP_ROWS) {
+      gradient_of_few(rows, some, others, to);
+    } else {
+      gradient_of_many(rows, some, others, to, room);
+    }
+  });
+}
+
+#if defined(__AVX512BF16__)
+
+// `finish(e, r, m, first, count, sums)` gets WIDE results or fewer of each of m rows W; rows are
+// TALL, an even number, or, at an expert's end, fewer.
+template <class Row, class Finish>
+void paired_back_products(const Groups& groups, Row row, const Stack<bfloat16>& weight,
+                          Size columns, Size depth, Finish finish) {
+  Scratch<Pair> memory;
+  each_block(groups.used_count, groups.used, columns, WIDE, [&](Size e, Size first, Size last) {
+    Pair* panel = memory.get(depth / 2 * WIDE);
+    panel_of_columns(weight.row(e, 0) + first, weight.ld, last - first, depth, panel);
+    float out[TALL * WIDE];
+    for (Size r = groups.start[e]; r < groups.start[e + 1]; r += TALL) {
+      const Size m = std::min<Size>(groups.start[e + 1] - r, TALL);
+      const bfloat16* rows[TALL];
+      for (Size i = 0; i < m; ++i) rows[i] = row(r + i);
+      pair_tiles(m, rows, 1, panel, depth / 2, last - first, out, WIDE);
+      finish(e, r, m, first, last - first, out);
+    }
+  });
+}
+
+// Rows as panels.
+template <class Row, Size WIDTH>
+void put_rows(const Groups& groups, Row row, Size columns, const Panels<WIDTH>& panels) {
+  constexpr Size PARTS = 8;  // of an expert's rows
+#pragma omp for schedule(dynamic)
+  for (Size item = 0; item < groups.used_count * PARTS; ++item) {
+    const Size e = groups.used[item / PARTS], part = item % PARTS, pairs = panels.pairs(e);
+    for (Size p = part * pairs / PARTS; p < (part + 1) * pairs / PARTS; ++p) {
+      const Size r = groups.start[e] + 2 * p;
+      for (Size ahead = r + 2; ahead < std::min(r + 4, groups.start[e + 1]); ++ahead)
+        fetch(row(ahead), columns);
+      const bfloat16* first = row(r);
+      const bfloat16* second = r + 1 < groups.start[e + 1] ? row(r + 1) : nullptr;
+      for (Size c = 0; c < columns; c += LANES)
+        panels.put(e, p, c,
+                   paired(first + c, second ? second + c : nullptr,
+                          std::min<Size>(columns - c, LANES)));
+    }
+  }
+}
+
+// out[e] = leftᵀ right over the rows of each expert that has some.
+void paired_weight_gradient(const Groups& groups, const Panels<LEFT>& left, Size height,
+                            const Panels<WIDE>& right, Size columns, bfloat16* out) {
+  each_block(groups.used_count, groups.used, height, WIDE, [&](Size e, Size first, Size last) {
+    bfloat16* to = out + e * height * columns;
+    for (Size c = 0; c < columns; c += WIDE)
+      for (Size o = first, some; o < last; o += some) {
+        // The rows of a left panel in tiles of about as many.
+        const Size rest = std::min(last - o, LEFT - o % LEFT);
+        some = ceil_div(rest, ceil_div(rest, TALL));
+        const Pair* rows[TALL];
+        for (Size i = 0; i < some; ++i) rows[i] = left.panel(e, o / LEFT) + o % LEFT + i;
+        pair_tiles(some, rows, LEFT, right.panel(e, c / WIDE), right.pairs(e),
+                   std::min<Size>(columns - c, WIDE), to + o * columns + c, columns);
+      }
+  });
+}
+
+#endif
+
+}  // namespace
