@@ -29,9 +29,6 @@ BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "t
 # element; where neither, up to so many rows an expert, fewer where a backward pass follows.
 NATIVE_IN_HALF = 128
 NATIVE_IN_HALF_TRAINING = 32
-# Rows an expert from which on torch's products are ahead in float32 where there is AVX2 alone and
-# no backward pass follows: even at 512, 1.1 to 1.3 times at 1,024.
-MANY_ROWS = 768
 # Elsewhere: elements of an expert's first weight, and the same times its rows, which is a third of
 # its multiply-adds for gated experts.
 SMALL_EXPERT = 2**16
@@ -158,9 +155,7 @@ def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward, dtype: torch.dtype) ->
 
 def _native_ahead(x_ND: Tensor, bank: FeedForward, rows_an_expert: float, whole: bool) -> bool:
     """Whether our own kernels are the fastest, if they take it; ``whole``: float32."""
-    if whole:
-        return rows_an_expert < MANY_ROWS or not _avx2_alone() or _trains(x_ND, bank)
-    if rows_an_expert <= NATIVE_IN_HALF_TRAINING or _avx2_alone():
+    if whole or rows_an_expert <= NATIVE_IN_HALF_TRAINING or _avx2_alone():
         return True
     training = _trains(x_ND, bank)
     if not training and rows_an_expert <= NATIVE_IN_HALF:

@@ -122,21 +122,6 @@ void clear_unused(const Groups& groups, Size size, T* out) {
   }
 }
 
-// out[n] = Σ_k weight[n][k] rows[place[n][k]]; a slot without a row has place -1.
-template <class Row, class T>
-void combine(Size tokens, Size slots, const Size* place, const float* weight, const Row* rows,
-             Size columns, T* out) {
-#pragma omp for schedule(static)
-  for (Size n = 0; n < tokens; ++n)
-    each_vector(columns, [&](Size c, Size count) {
-      Vector total = {};
-      for (Size k = n * slots; k < (n + 1) * slots; ++k)
-        if (place[k] >= 0)
-          total += (weight ? weight[k] : 1.f) * load_some(rows + place[k] * columns + c, count);
-      store_some(out + n * columns + c, total, count);
-    });
-}
-
 // The tokens of rows `start` to `stop`.
 template <class T>
 void gather(Size start, Size stop, const Size* assignment, Size slots, const T* x, Size ld,

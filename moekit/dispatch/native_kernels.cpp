@@ -9,7 +9,7 @@
 // (`ld`) is a stride in elements. Sums are in float32. Threads are OpenMP's; those of a
 // region all call each function that shares out work, and go on to the next one until they `meet`.
 
-#include "native_call.h"
+#include "native_combine.h"
 #include "native_gradients.h"
 #include "native_products.h"
 
@@ -30,12 +30,13 @@ void forward_pass(const Call& call) {
   T* inner_RJ = static_cast<T*>(call.inner_RJ);
   const Size hidden = call.hidden, out_width = call.out_width;
   const Size most = std::min(rows_at_once(groups, call.threads), call.rows);
-  const Room<T> outer(most * hidden), out(call.rows * out_width);
-  T* out_RO = out.get();
+  const Room<T> outer(most * hidden);
+  const Combined<T, T> y(call, layout, weights.get(), out_width, most, static_cast<T*>(call.y_NO));
 #pragma omp parallel num_threads(call.threads)
   {
+    y.start();
     each_run(groups, most, [&](const Groups& run, Size run_start) {
-      T* outer_RH = outer.get() - run_start * hidden;
+      T *outer_RH = outer.get() - run_start * hidden, *out_RO = y.rows(run_start);
       products(
           run, [&](Size r) { return x_ND + call.assignment_R[r] / call.slots * call.x_ld; }, up,
           hidden, hidden, call.width,
@@ -64,9 +65,9 @@ void forward_pass(const Call& call) {
             });
           });
       meet();
+      y.add(run, run_start);
     });
-    combine(call.tokens, call.slots, layout.place(), weights.get(), out_RO, out_width,
-            static_cast<T*>(call.y_NO));
+    y.finish();
   }
 }
 
@@ -117,10 +118,12 @@ void backward_pass(const Call& call) {
   const RunRows grads(call.grad_RO, call.out_width, most), backs(call.back_RJ, inner, most);
   const RunRows backs_H(nullptr, hidden, most), scaled_H(nullptr, hidden, most);
   const RunRows xs(nullptr, width, grad_up_EJD ? most : 0);
-  const Room<float> back_D(call.grad_x_ND ? call.rows * width : 0);
+  const Combined<float, T> grad_x(call, layout, nullptr, width, most,
+                                  static_cast<T*>(call.grad_x_ND));
   clear_slots(call);
 #pragma omp parallel num_threads(call.threads)
   {
+    if (call.grad_x_ND) grad_x.start();
     each_run(groups, most, [&](const Groups& run, Size run_start) {
       const Matrix grad_RO = grads.from(run_start), back_RJ = backs.from(run_start);
       const Matrix back_RH = backs_H.from(run_start), scaled_RH = scaled_H.from(run_start);
@@ -143,13 +146,12 @@ void backward_pass(const Call& call) {
       }
       if (grad_down_EOH) weight_gradient(run, grad_RO, scaled_RH, grad_down_EOH);
       if (grad_up_EJD) weight_gradient(run, back_RJ, x_RD, grad_up_EJD);
-      if (call.grad_x_ND) back_products(run, back_RJ, up, {back_D.get(), width, width});
+      if (call.grad_x_ND) back_products(run, back_RJ, up, {grad_x.rows(run_start), width, width});
       meet();
+      if (call.grad_x_ND) grad_x.add(run, run_start);
     });
     clear(call, groups, grad_up_EJD, grad_down_EOH);
-    if (call.grad_x_ND)
-      combine(call.tokens, call.slots, layout.place(), nullptr, back_D.get(), width,
-              static_cast<T*>(call.grad_x_ND));
+    if (call.grad_x_ND) grad_x.finish();
   }
 }
 
@@ -220,8 +222,9 @@ void backward_pass_in_pairs(const Call& call) {
   const Size most = std::min(rows_at_once(groups, call.threads), call.rows);
   const Room<bfloat16> back_RJ(most * inner);
   const Room<float> grad_RB(most * blocks);
-  const Room<bfloat16> back_D(call.grad_x_ND ? call.rows * width : 0);
-  bfloat16* back_RD = back_D.get();
+  const Combined<bfloat16, bfloat16> grad_x(call, layout, nullptr, width, most,
+                                            static_cast<bfloat16*>(call.grad_x_ND));
+  bfloat16* back_RD = grad_x.rows(0);
   const auto grads = Panels<LEFT>::room(most, call.experts, out_width);
   const auto scaled = Panels<WIDE>::room(most, call.experts, hidden);
   const auto backs = Panels<LEFT>::room(most, call.experts, inner);
@@ -275,9 +278,7 @@ void backward_pass_in_pairs(const Call& call) {
       meet();
     });
     clear(call, groups, grad_up_EJD, grad_down_EOH);
-    if (call.grad_x_ND)
-      combine(call.tokens, call.slots, layout.place(), nullptr, back_RD, width,
-              static_cast<bfloat16*>(call.grad_x_ND));
+    if (call.grad_x_ND) grad_x.finish();
   }
 }
 

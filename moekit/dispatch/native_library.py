@@ -21,7 +21,9 @@ from moekit.cache import cached, default_cache
 from moekit.errors import OutputError
 
 SOURCE = Path(__file__).with_name("native_kernels.cpp")
-PARTS = ("vectors", "dots", "tiles", "pairs", "groups", "products", "gradients", "call")
+PARTS = (
+    *("vectors", "dots", "tiles", "pairs", "groups", "products", "gradients", "call", "combine"),
+)
 HEADERS = [SOURCE.with_name(f"native_{part}.h") for part in PARTS]
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),

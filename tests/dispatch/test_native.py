@@ -13,7 +13,7 @@ from feed_forward_problems import PLAIN, PROBLEMS, Problem, compare, results
 from torch import Tensor
 
 from moekit.dispatch import native_library
-from moekit.dispatch.choice import MANY_ROWS, NATIVE_IN_HALF, Choice
+from moekit.dispatch.choice import NATIVE_IN_HALF, Choice
 from moekit.dispatch.fused import feed_forward
 from moekit.dispatch.native_backend import Native, NativeCall, untouched
 from moekit.dispatch.native_library import library
@@ -44,6 +44,7 @@ LARGER = {
     # Counts lie on both sides of the rows from which operands are laid out.
     "few rows and many": Problem(tokens=480, experts=10, k=2, width=41, hidden=65, bias=True),
     "few rows and some": Problem(tokens=80, experts=10, k=2, width=41, hidden=65, seed=9),
+    "rows in fresh memory": Problem(tokens=4200, experts=16, k=16, width=128, hidden=8),
     "sums in parts": Problem(tokens=40, experts=3, width=1300, hidden=1100, bias=True, seed=7),
     "one wide row an expert": Problem(tokens=4, experts=16, k=1, width=1030, hidden=520, seed=3),
 }
@@ -217,10 +218,6 @@ def test_what_is_chosen_where_there_is_avx2_alone(monkeypatch: pytest.MonkeyPatc
     for training in (False, True):
         assert backend_of("auto", crowd, torch.bfloat16, training) == "native"
         assert backend_of("auto", crowd, torch.float16, training) != "native"
-    few, many = (Problem(tokens=2 * rows, experts=2, k=1) for rows in (MANY_ROWS - 1, MANY_ROWS))
-    assert backend_of("auto", few) == "native"
-    assert backend_of("auto", many) != "native"
-    assert backend_of("auto", many, training=True) == "native"
 
 
 @needs_pairs
