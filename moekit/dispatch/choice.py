@@ -66,15 +66,18 @@ class Choice:
         operation, such as counters of FLOPs; padded rows; and tensors that are no plain ones (meta,
         fake, distributed). What counts is the dtype that autocast gives the operands.
         """
-        if self.name == "loop" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        if self.name == "loop" or not _plain(x_ND, *bank.tensors):
             return None
-        plain = {type(x_ND), *map(type, bank.tensors)} <= PLAIN and not x_ND.is_meta
-        if not plain or isinstance(plan.groups, PaddedGroups):
+        if isinstance(plan.groups, PaddedGroups):
             return None
         dtype = autocast_dtype(x_ND)
         found = self._find(x_ND, plan, bank, dtype)
         self._log(found, x_ND, dtype)
         return found
+
+    def own_kernels(self, x_ND: Tensor, *others: Tensor | None) -> bool:
+        """Whether our own kernels for CPUs may run on these tensors beside a backend."""
+        return self.name in ("auto", "native") and _plain(x_ND, *others)
 
     def _find(self, x_ND: Tensor, plan: Plan, bank: FeedForward, dtype: torch.dtype) -> Backend:
         match self.name:
@@ -91,6 +94,13 @@ class Choice:
         if chosen not in self._logged:
             self._logged.add(chosen)
             logger.info("experts run through %s (%s, %s)", *chosen)
+
+
+def _plain(x_ND: Tensor, *others: Tensor | None) -> bool:
+    """Whether these are plain tensors, and operations run as they come, seen by no mode."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    return {type(x_ND), *map(type, others)} <= PLAIN and not x_ND.is_meta
 
 
 def _asked_native(x_ND: Tensor, bank: FeedForward) -> Backend:

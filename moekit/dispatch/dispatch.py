@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from moekit.dispatch.capacity import Priority, capacities, limit
 from moekit.dispatch.choice import BackendName, Choice
+from moekit.dispatch.direct import add_direct, takes_direct
 from moekit.dispatch.fused import feed_forward
 from moekit.dispatch.plan import Plan, plan_places, plan_rows
+from moekit.experts.direct import Direct
 from moekit.experts.experts import Experts, ExpertsSpec, Run
 from moekit.routing.router import RouterSpec
 from moekit.routing.routing import Routing
@@ -91,8 +93,7 @@ class Dispatch(nn.Module):
             y_ND = x_ND.new_zeros(x_ND.shape[0], experts.out_width)
             rows_E = routing.expert_NK.new_zeros(0)
         if dispatched < len(experts.kinds):
-            weight_NE = routing.dense_weight_NE()
-            y_ND = experts.add_direct(y_ND, x_ND, weight_NE).to(y_ND.dtype)
+            y_ND = self._with_direct(y_ND, x_ND, experts.direct(routing.dense_weight_NE()))
         return Dispatched(y_ND, rows_E, routing)
 
     def _run(self, x_ND: Tensor, plan: Plan, experts: Experts) -> Tensor:
@@ -103,6 +104,15 @@ class Dispatch(nn.Module):
         if tensors is None or backend is None:
             return plan.combine(run(plan.gather(x_ND), plan.groups))
         return feed_forward(x_ND, plan, tensors, backend)
+
+    def _with_direct(self, y_ND: Tensor, x_ND: Tensor, direct: Direct | None) -> Tensor:
+        """The output with the direct experts' part, in place where that can be."""
+        if direct is None:
+            return y_ND
+        kernels = self.choice.own_kernels(x_ND, *direct.tensors)
+        if kernels and takes_direct(y_ND, x_ND, direct):
+            return add_direct(y_ND, x_ND, direct)
+        return direct.added(y_ND, x_ND).to(y_ND.dtype)
 
     def limited(self, routing: Routing, experts: Experts) -> Routing:
         """The assignments that are kept, each in its own slot; further slots may follow."""

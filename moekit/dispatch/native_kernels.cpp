@@ -10,6 +10,7 @@
 // region all call each function that shares out work, and go on to the next one until they `meet`.
 
 #include "native_combine.h"
+#include "native_direct.h"
 #include "native_gradients.h"
 #include "native_products.h"
 
@@ -297,6 +298,11 @@ void moekit_backward_bfloat16(const Call* call) {
 #endif
   backward_pass<bfloat16>(*call);
 }
+
+void moekit_add_direct_float32(const DirectCall* call) { add_direct<float>(*call); }
+void moekit_add_direct_bfloat16(const DirectCall* call) { add_direct<bfloat16>(*call); }
+void moekit_direct_backward_float32(const DirectCall* call) { direct_backward<float>(*call); }
+void moekit_direct_backward_bfloat16(const DirectCall* call) { direct_backward<bfloat16>(*call); }
 
 // Whether the backward pass of this call can run in pairs, and has the rows for which that pays.
 int moekit_runs_in_pairs(const Call* call) {

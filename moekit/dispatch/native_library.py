@@ -23,6 +23,7 @@ from moekit.errors import OutputError
 SOURCE = Path(__file__).with_name("native_kernels.cpp")
 PARTS = (
     *("vectors", "dots", "tiles", "pairs", "groups", "products", "gradients", "call", "combine"),
+    "direct",
 )
 HEADERS = [SOURCE.with_name(f"native_{part}.h") for part in PARTS]
 FLAGS = (
@@ -124,7 +125,7 @@ def _cpu() -> str:
 
 def _opened(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
-    for name in ("forward", "backward"):
+    for name in ("forward", "backward", "add_direct", "direct_backward"):
         for dtype in ("float32", "bfloat16"):
             function: Any = getattr(found, f"moekit_{name}_{dtype}")
             function.argtypes, function.restype = [ctypes.c_char_p], None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -12,6 +14,7 @@ from torch.func import functional_call
 
 from moekit.errors import SpecError
 from moekit.experts.activation import Activation
+from moekit.experts.direct import Direct
 from moekit.experts.groups import RowGroups
 from moekit.experts.mixtures import Mixtures
 from moekit.spec import Spec
@@ -78,8 +81,8 @@ class Experts(nn.Module):
 
     A bank is run in two ways, and an expert belongs to one of them. Experts with matrix products
     are *dispatched*: ``forward`` gets their rows sorted by expert. Zero-computation experts are
-    *direct*: ``add_direct`` adds their weighted outputs from the whole token matrix by elementwise
-    algebra; their rows are never gathered.
+    *direct*: ``direct`` says what their weighted outputs are, by elementwise algebra on the whole
+    token matrix; their rows are never gathered.
 
     Attributes:
         kinds: one entry an expert, see :meth:`ExpertsSpec.expert_kinds`.
@@ -150,15 +153,13 @@ class Experts(nn.Module):
         )
         return not hooked and "forward" not in vars(self) and type(self).forward is kind.forward
 
-    def add_direct(self, y_ND: Tensor, x_ND: Tensor, weight_NE: Tensor) -> Tensor:
-        """``y_ND`` with the weighted sum of the direct experts' outputs added.
+    def direct(self, weight_NE: Tensor) -> Direct | None:
+        """The weighted sum of the direct experts' outputs; None where it is nothing.
 
         Args:
-            y_ND: the dispatched experts' part of the output.
-            x_ND: the tokens.
             weight_NE: combine weights over this bank's own experts; 0 where one is not chosen.
         """
-        return y_ND
+        return None
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draw the parameters anew from torch's default generator."""
@@ -239,11 +240,12 @@ class ExpertsBank(Experts):
         alone = len(working) == 1 and self.runs_as(ExpertsBank)
         return working[0].feed_forward() if alone else None
 
-    def add_direct(self, y_ND: Tensor, x_ND: Tensor, weight_NE: Tensor) -> Tensor:
-        weights = weight_NE.split([len(part.kinds) for part in self._parts()], dim=1)
-        for part, weight in zip(self._parts(), weights, strict=True):
-            y_ND = part.add_direct(y_ND, x_ND, weight)
-        return y_ND
+    def direct(self, weight_NE: Tensor) -> Direct | None:
+        parts = self._parts()
+        weights = weight_NE.split([len(part.kinds) for part in parts], dim=1)
+        shares = [part.direct(weight) for part, weight in zip(parts, weights, strict=True)]
+        found = [share for share in shares if share is not None]
+        return functools.reduce(operator.add, found) if found else None
 
     def reset_parameters(self, std: float = 0.02) -> None:
         for part in self._parts():

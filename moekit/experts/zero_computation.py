@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moekit.experts.direct import Direct
 from moekit.experts.experts import Experts, ExpertsSpec
 
 
@@ -87,8 +88,8 @@ class ZeroExperts(_DirectExperts):
 class CopyExperts(_DirectExperts):
     """The module of :class:`Copy`."""
 
-    def add_direct(self, y_ND: Tensor, x_ND: Tensor, weight_NE: Tensor) -> Tensor:
-        return torch.addcmul(y_ND, weight_NE.sum(1, keepdim=True).to(x_ND.dtype), x_ND)
+    def direct(self, weight_NE: Tensor) -> Direct:
+        return Direct(copied_N1=weight_NE.sum(1, keepdim=True))
 
 
 class ConstantExperts(_DirectExperts):
@@ -105,10 +106,6 @@ class ConstantExperts(_DirectExperts):
         nn.init.normal_(self.mix_proj, std=std)
         nn.init.normal_(self.constant, std=1.0)  # as the released model
 
-    def add_direct(self, y_ND: Tensor, x_ND: Tensor, weight_NE: Tensor) -> Tensor:
-        # A softmax of two is the sigmoid of their difference.
+    def direct(self, weight_NE: Tensor) -> Direct:
         gap_ED = self.mix_proj[:, 0] - self.mix_proj[:, 1]
-        gap_NE = (x_ND @ gap_ED.T).to(torch.promote_types(x_ND.dtype, torch.float32))
-        kept_NE = weight_NE * gap_NE.sigmoid()
-        y_ND = torch.addmm(y_ND, (weight_NE - kept_NE).to(x_ND.dtype), self.constant)
-        return torch.addcmul(y_ND, kept_NE.sum(1, keepdim=True).to(x_ND.dtype), x_ND)
+        return Direct(weight_NC=weight_NE, gap_CD=gap_ED, constant_CD=self.constant)

@@ -97,9 +97,10 @@ def test_direct_banks_add_their_weighted_outputs() -> None:
     constant = share[:, :1] * x_ND + share[:, 1:] * bank.parts[2].constant[0]
     wanted = weight_NE[:, 2:4].sum(1, keepdim=True) * x_ND + weight_NE[:, 4:] * constant
     y_ND = torch.randn(5, 8)
-    torch.testing.assert_close(bank.add_direct(y_ND, x_ND, weight_NE), y_ND + wanted)
-    idle = Bank((Zero(1), SwiGLU(count=1))).build(8)
-    assert idle.add_direct(y_ND, x_ND, weight_NE[:, :2]) is y_ND
+    direct = bank.direct(weight_NE)
+    assert direct is not None
+    torch.testing.assert_close(direct.added(y_ND, x_ND), y_ND + wanted)
+    assert Bank((Zero(1), SwiGLU(count=1))).build(8).direct(weight_NE[:, :2]) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
