@@ -6,9 +6,6 @@
 
 namespace {
 
-// Bytes from which on memory comes fresh from the system, and goes back to it, at each use.
-constexpr Size FRESH = Size(1) << 25;
-
 // out[n] = Σ_k weight[n][k] · row of slot k, where no weight is one, and no row zero.
 //
 // So many rows that they would lie in fresh memory are added run by run, while they are in the
@@ -50,7 +47,8 @@ class Combined {
   // Each thread looks for the rows of some tokens.
   void add_rows(Size start, Size stop) const {
     const Size threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    const Size first = call_.tokens * thread / threads, last = call_.tokens * (thread + 1) / threads;
+    const Size first = call_.tokens * thread / threads;
+    const Size last = call_.tokens * (thread + 1) / threads;
     const Row* rows = memory_.get();
     for (Size r = start; r < stop; ++r) {
       const Size slot = call_.assignment_R[r], n = slot / call_.slots;

@@ -60,7 +60,8 @@ void add_direct(const DirectCall& call) {
       const T* x_D = static_cast<const T*>(call.x_ND) + n * call.x_ld;
       const float* weight_C = call.weight_NC + n * constants;
       float scale = call.copied_N ? call.copied_N[n] : 0.f;
-      if (!scale && std::all_of(weight_C, weight_C + constants, [](float w) { return !w; })) continue;
+      const bool used = std::any_of(weight_C, weight_C + constants, [](float w) { return w != 0; });
+      if (!scale && !used) continue;
       std::fill_n(sum_D.get(), width, 0.f);
       for (Size c = 0; c < constants; ++c) {
         if (!weight_C[c]) continue;

@@ -10,12 +10,12 @@ namespace {
 constexpr Size HEIGHT = 192;  // rows of a gradient in an item of work
 constexpr Size CHUNK = 512;   // columns, likewise
 
-// out = rows W.
+// out = rows W. A weight matrix of few rows is read where it lies.
 template <class T>
 void back_products(const Groups& groups, const Matrix& rows, const Stack<T>& weight,
                    const Matrix& out) {
   const Size depth = rows.columns, columns = out.columns;
-  each_block(groups.used_count, groups.used, columns, CHUNK, [&](Size e, Size first, Size last) {
+  const auto few = [&](Size e, Size first, Size last) {
     if (groups.rows(e) >= STRIP_ROWS) return;
     for (Size k = 0; k < depth; k += SHALLOW)
       for (Size r = groups.start[e]; r < groups.start[e + 1]; r += ROWS) {
@@ -24,10 +24,10 @@ void back_products(const Groups& groups, const Matrix& rows, const Stack<T>& wei
         tiles_of(m, {left.get(), k, 1}, weight.row(e, k) + first, weight.ld, last - first,
                  std::min(depth - k, SHALLOW), Result<float>{out.row(r) + first, out.ld, k > 0});
       }
-  });
+  };
+  each_block(groups.used_count, groups.used, columns, CHUNK, few);
   Scratch<float> strips, border;
-  each_block(groups.stretch_count, groups.stretch, columns, WIDTH,
-             [&](const Stretch& part, Size first, Size last) {
+  const auto many = [&](const Stretch& part, Size first, Size last) {
     const Size e = part.expert, m = part.last - part.first, count = last - first;
     const Pointers<STRETCH> left(m, rows.row(part.first), rows.ld);
     float* const operand = strips.get(WIDTH * DEPTH);
@@ -37,7 +37,8 @@ void back_products(const Groups& groups, const Matrix& rows, const Stack<T>& wei
       multiply_strips(m, {left.get(), k, 1}, operand, count, deep,
                       {out.row(part.first) + first, out.ld, k > 0}, border);
     }
-  });
+  };
+  each_block(groups.stretch_count, groups.stretch, columns, WIDTH, many);
 }
 
 // out = leftᵀ right over the few rows of an expert.
@@ -92,12 +93,14 @@ void gradient_of_many(Size rows, const Matrix& left, const Matrix& right, T* out
 template <class T>
 void weight_gradient(const Groups& groups, const Matrix& left, const Matrix& right, T* out) {
   GradientRoom room;
-  const Size height = left.columns;
+  const Size height = left.columns, bytes = right.columns * sizeof(T);
+  const bool fresh = groups.experts * height * bytes >= FRESH;
   each_block(groups.used_count, groups.used, height, HEIGHT, [&](Size e, Size first, Size last) {
     const Size start = groups.start[e], rows = groups.rows(e);
     const Matrix some = {left.row(start) + first, last - first, left.ld};
     const Matrix others = {right.row(start), right.columns, right.ld};
     T* to = out + (e * height + first) * right.columns;
+    if (fresh) populate(to, (last - first) * bytes);
     if (rows < STRIP_ROWS) {
       gradient_of_few(rows, some, others, to);
     } else {
@@ -152,8 +155,11 @@ void put_rows(const Groups& groups, Row row, Size columns, const Panels<WIDTH>& 
 // out[e] = leftᵀ right over the rows of each expert that has some.
 void paired_weight_gradient(const Groups& groups, const Panels<LEFT>& left, Size height,
                             const Panels<WIDE>& right, Size columns, bfloat16* out) {
+  const Size bytes = columns * sizeof(bfloat16);
+  const bool fresh = groups.experts * height * bytes >= FRESH;
   each_block(groups.used_count, groups.used, height, WIDE, [&](Size e, Size first, Size last) {
     bfloat16* to = out + e * height * columns;
+    if (fresh) populate(to + first * columns, (last - first) * bytes);
     for (Size c = 0; c < columns; c += WIDE)
       for (Size o = first, some; o < last; o += some) {
         // The rows of a left panel in tiles of about as many.

@@ -173,8 +173,7 @@ void products_of_many(const Groups& groups, Row row, const Stack<T>& weight, Siz
   StretchRows<T> some;
   Scratch<float> strips, sums, border;
   const Size width = second ? WIDTH / 2 : WIDTH;
-  each_block(groups.stretch_count, groups.stretch, columns, width,
-             [&](const Stretch& part, Size first, Size last) {
+  const auto step = [&](const Stretch& part, Size first, Size last) {
     const Size e = part.expert, m = part.last - part.first, count = last - first;
     if (groups.rows(e) < MANY_ROWS) return;
     const auto rows = some.take(part, row, depth);
@@ -193,7 +192,8 @@ void products_of_many(const Groups& groups, Row row, const Stack<T>& weight, Siz
     }
     for (Size i = 0; i < m; ++i)
       finish(e, part.first + i, first, count, out + i * width, out_second + i * width);
-  });
+  };
+  each_block(groups.stretch_count, groups.stretch, columns, width, step);
 }
 
 // rows Wᵀ: `finish(e, r, first, count, sums, sums_of_second)` gets some results of a row. With

@@ -1,6 +1,6 @@
 // Products of rows with an operand that runs along the result.
 //
-// Of few rows it is read where it lies. For many it is first laid out as strips, through which
+// For few rows it is read where it lies. For many it is first laid out as strips, through which
 // `tile` walks from one end to the other, in the nearest cache; the left operand is read where it
 // lies, along the sum. A leading dimension (`ld`) is a stride in elements.
 
@@ -10,12 +10,11 @@
 
 namespace {
 
-constexpr int ROWS = TILE / 3;       // rows of a tile
-constexpr Size STRIP = 3 * LANES;    // columns of a strip, at most
-constexpr Size DEPTH = 256;          // of a strip, at most
-constexpr Size WIDTH = 96;           // columns that are laid out as strips at once
-constexpr Size APART = 16;           // values between rows of own memory, see `RunRows`
-constexpr Size SHALLOW = 64;         // likewise, of an operand where it lies
+constexpr int ROWS = TILE / 3;  // of a tile
+constexpr Size SHALLOW = 64;    // rows of an operand between two visits of the result, where it lies
+constexpr Size DEPTH = 256;     // the same in strips
+constexpr Size WIDTH = 96;      // columns that are laid out as strips at once
+constexpr Size APART = 16;      // values between rows of own memory, see `RunRows`
 
 // The left operand: element k of row m is rows[m][first + k * step].
 struct Left {
@@ -23,7 +22,7 @@ struct Left {
   Size first, step;
 };
 
-// Where a product goes, or, with `add`, what it is added to.
+// Where a product goes; with `add`, what it is added to.
 template <class C>
 struct Result {
   C* data;
@@ -59,7 +58,7 @@ KERNEL tile(const Left& left, const B* b, Size ld, Size depth, const Result<C>& 
       store_some(out + m * result.ld + v * LANES, total[m][v], count);
 }
 
-// The same for an operand that lies where it lies, and any number of columns.
+// The same for any number of columns.
 template <int M, class B, class C>
 void tiles_of_rows(const Left& left, const B* b, Size ld, Size columns, Size depth,
                    const Result<C>& out) {
@@ -90,7 +89,7 @@ void tiles_of(Size m, const Left& left, const B* b, Size ld, Size columns, Size 
   }
 }
 
-// Vectors of the next strip of so many columns: three, or two where a single one would be left
+// Vectors of the next strip for so many columns: three, or two where a single one would be left
 // over, whose products would keep the CPU waiting for each other.
 inline Size vectors_of_strip(Size columns) {
   const Size vectors = ceil_div(columns, LANES);
@@ -106,9 +105,6 @@ inline void each_strip(Size columns, Step step) {
     step(c, vectors, std::min<Size>(columns - c, vectors * LANES));
   }
 }
-
-// Values that strips of so many columns and rows fill.
-inline Size strips_size(Size columns, Size depth) { return ceil_div(columns, LANES) * LANES * depth; }
 
 // Strips of a matrix (depth, columns).
 template <class T>
@@ -154,14 +150,15 @@ inline void transpose(const float* from, Size ld, Size rows, Size columns, float
     for (Size c = 0; c < columns; c += 8) {
       const float* block = from + r * ld + c;
       float* turned = to + c * ld_to + r;
+      const Size high = std::min<Size>(rows - r, 8), wide = std::min<Size>(columns - c, 8);
       if (c % 16 == 0)  // a line of the cache; rows lie apart, the CPU does not see these coming
         for (Size j = 8; j < std::min<Size>(16, rows - r); ++j) __builtin_prefetch(block + j * ld);
-      if (r + 8 <= rows && c + 8 <= columns) {
+      if (high == 8 && wide == 8) {
         transpose_eight(block, ld, turned, ld_to);
-        continue;
+      } else {
+        for (Size i = 0; i < wide; ++i)
+          for (Size j = 0; j < high; ++j) turned[i * ld_to + j] = block[j * ld + i];
       }
-      for (Size i = 0; i < std::min<Size>(columns - c, 8); ++i)
-        for (Size j = 0; j < std::min<Size>(rows - r, 8); ++j) turned[i * ld_to + j] = block[j * ld + i];
     }
 }
 
@@ -230,8 +227,7 @@ inline void multiply_strips(Size m, const Left& left, const float* strips, Size 
     if (!whole) {
       to = {memory.get(m * width), width, out.add};
       if (out.add)
-        for (Size i = 0; i < m; ++i)
-          std::copy_n(out.at(i, c).data, count, to.at(i, 0).data);
+        for (Size i = 0; i < m; ++i) std::copy_n(out.at(i, c).data, count, to.at(i, 0).data);
     }
     const float* strip = strips + c * depth;
     if (vectors == 1) tiles_of_strip<1>(m, left, strip, depth, to);
