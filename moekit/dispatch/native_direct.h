@@ -78,53 +78,64 @@ void add_direct(const DirectCall& call) {
   }
 }
 
-// Gradients of the gaps and the constants are summed by each thread, and then over the threads.
+// A chunk of tokens through the backward pass; their share of the gradients of gaps and constants is
+// added to `grad_gap_CD` and `grad_constant_CD`.
+template <class T>
+void chunk_backward(const DirectCall& call, Size first, Size last, float* sum_D,
+                    float* grad_gap_CD, float* grad_constant_CD) {
+  const Size width = call.width, constants = call.constants;
+  for (Size n = first; n < last; ++n) {
+    const T* x_D = static_cast<const T*>(call.x_ND) + n * call.x_ld;
+    const T* grad_D = static_cast<const T*>(call.grad_ND) + n * call.grad_ld;
+    const float of_scale = dot(grad_D, x_D, width);
+    float scale = call.copied_N ? call.copied_N[n] : 0.f;
+    if (call.grad_copied_N) call.grad_copied_N[n] = of_scale;
+    std::fill_n(sum_D, width, 0.f);
+    for (Size c = 0; c < constants; ++c) {
+      const T* gap_D = static_cast<const T*>(call.gap_CD) + c * width;
+      const T* constant_D = static_cast<const T*>(call.constant_CD) + c * width;
+      const float weight = call.weight_NC[n * constants + c];
+      const float share = sigmoid(dot(x_D, gap_D, width));
+      const float of_rest = dot(grad_D, constant_D, width);
+      call.grad_weight_NC[n * constants + c] = share * of_scale + (1.f - share) * of_rest;
+      if (!weight) continue;
+      const float of_gap = weight * share * (1.f - share) * (of_scale - of_rest);
+      scale += weight * share;
+      add_scaled(of_gap, gap_D, width, sum_D);
+      add_scaled(of_gap, x_D, width, grad_gap_CD + c * width);
+      add_scaled(weight * (1.f - share), grad_D, width, grad_constant_CD + c * width);
+    }
+    T* grad_x_D = static_cast<T*>(call.grad_x_ND) + n * width;
+    each_vector(width, [&](Size d, Size count) {
+      store_some(grad_x_D + d,
+                 load_some(sum_D + d, count) + scale * load_some(grad_D + d, count), count);
+    });
+  }
+}
+
+// Gradients of gaps and constants are summed over chunks of tokens and then over these, in one
+// order for any number of threads.
 template <class T>
 void direct_backward(const DirectCall& call) {
-  const Size width = call.width, constants = call.constants, size = constants * width;
-  const T* gap_CD = static_cast<const T*>(call.gap_CD);
-  const T* constant_CD = static_cast<const T*>(call.constant_CD);
-  const Room<float> parts(2 * call.threads * size);
+  constexpr Size CHUNK = 256;
+  const Size size = call.constants * call.width, chunks = ceil_div(call.tokens, CHUNK);
+  const Room<float> parts(2 * chunks * size);  // of gaps and constants in turn
 #pragma omp parallel num_threads(call.threads)
   {
-    float* own_gap_CD = parts.get() + 2 * omp_get_thread_num() * size;
-    float* own_constant_CD = own_gap_CD + size;
-    std::fill_n(own_gap_CD, 2 * size, 0.f);
-    const Room<float> sum_D(width);
+    const Room<float> sum_D(call.width);
 #pragma omp for schedule(static)
-    for (Size n = 0; n < call.tokens; ++n) {
-      const T* x_D = static_cast<const T*>(call.x_ND) + n * call.x_ld;
-      const T* grad_D = static_cast<const T*>(call.grad_ND) + n * call.grad_ld;
-      const float of_scale = dot(grad_D, x_D, width);
-      float scale = call.copied_N ? call.copied_N[n] : 0.f;
-      if (call.grad_copied_N) call.grad_copied_N[n] = of_scale;
-      std::fill_n(sum_D.get(), width, 0.f);
-      for (Size c = 0; c < constants; ++c) {
-        const T *gap_D = gap_CD + c * width, *constant_D = constant_CD + c * width;
-        const float weight = call.weight_NC[n * constants + c];
-        const float share = sigmoid(dot(x_D, gap_D, width));
-        const float of_rest = dot(grad_D, constant_D, width);
-        call.grad_weight_NC[n * constants + c] = share * of_scale + (1.f - share) * of_rest;
-        if (!weight) continue;
-        const float of_gap = weight * share * (1.f - share) * (of_scale - of_rest);
-        scale += weight * share;
-        add_scaled(of_gap, gap_D, width, sum_D.get());
-        add_scaled(of_gap, x_D, width, own_gap_CD + c * width);
-        add_scaled(weight * (1.f - share), grad_D, width, own_constant_CD + c * width);
-      }
-      T* grad_x_D = static_cast<T*>(call.grad_x_ND) + n * width;
-      each_vector(width, [&](Size d, Size count) {
-        store_some(grad_x_D + d,
-                   load_some(sum_D.get() + d, count) + scale * load_some(grad_D + d, count), count);
-      });
+    for (Size chunk = 0; chunk < chunks; ++chunk) {
+      float* own = parts.get() + 2 * chunk * size;
+      std::fill_n(own, 2 * size, 0.f);
+      chunk_backward<T>(call, chunk * CHUNK, std::min(call.tokens, (chunk + 1) * CHUNK),
+                        sum_D.get(), own, own + size);
     }
-    const Size threads = omp_get_num_threads();
 #pragma omp for schedule(static)
     for (Size i = 0; i < size; ++i) {
       float gap = 0.f, constant = 0.f;
-      for (Size thread = 0; thread < threads; ++thread) {
-        gap += parts.get()[2 * thread * size + i];
-        constant += parts.get()[(2 * thread + 1) * size + i];
+      for (Size chunk = 0; chunk < chunks; ++chunk) {
+        gap += parts.get()[2 * chunk * size + i];
+        constant += parts.get()[(2 * chunk + 1) * size + i];
       }
       call.grad_gap_CD[i] = gap, call.grad_constant_CD[i] = constant;
     }

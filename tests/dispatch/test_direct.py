@@ -95,6 +95,18 @@ def test_results_and_gradients(case: Case, dtype: torch.dtype) -> None:
         assert_near(one, other, TOLERANCE[dtype])
 
 
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    case, found, threads = CASES["several threads"], [], torch.get_num_threads()
+    cotangent_ND = torch.randn(case.tokens, case.width)
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(result(case.inputs(torch.float32), cotangent_ND, native=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_rows_in_any_layout() -> None:
     case = CASES["several threads"]
     y_ND, x_ND, *rest = (None if t is None else t.detach() for t in case.inputs(torch.float32))
