@@ -1,4 +1,4 @@
-// Rows that are sorted by expert, how threads share them out, and their way from tokens and back.
+// Rows that are sorted by expert, how threads share them out, and their way from tokens.
 //
 // Functions with an `omp for` are called by all threads of a region.
 
