@@ -66,9 +66,8 @@ class Choice:
         operation, such as counters of FLOPs; padded rows; and tensors that are no plain ones (meta,
         fake, distributed). What counts is the dtype that autocast gives the operands.
         """
-        if self.name == "loop" or not _plain(x_ND, *bank.tensors):
-            return None
-        if isinstance(plan.groups, PaddedGroups):
+        plain = self.name != "loop" and _plain(x_ND, *bank.tensors)
+        if not plain or isinstance(plan.groups, PaddedGroups):
             return None
         dtype = autocast_dtype(x_ND)
         found = self._find(x_ND, plan, bank, dtype)

@@ -3,15 +3,13 @@ for CPUs."""
 
 from __future__ import annotations
 
-from struct import Struct
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from moekit.dispatch.native_backend import DTYPES
-from moekit.dispatch.native_library import library
+from moekit.dispatch.native_library import DTYPES, KernelCall, library
 from moekit.experts.direct import Direct
 
 # The struct ``DirectCall`` of ``native_direct.h``.
@@ -20,7 +18,6 @@ FIELDS = (
     *("gap_CD", "constant_CD", "y_ND", "grad_ND", "grad_ld", "grad_x_ND", "grad_copied_N"),
     *("grad_weight_NC", "grad_gap_CD", "grad_constant_CD"),
 )
-_CALL = Struct(f"{len(FIELDS)}q")
 ONE_THREAD = 2**15  # elements, below which one thread is done before a second one is awake
 
 
@@ -79,7 +76,8 @@ def _gradients(x_ND: Tensor, direct: Direct, grad_ND: Tensor) -> list[Tensor | N
     found += [None if like is None else torch.empty(like.shape) for like in direct.tensors]
     names = ("grad_x_ND", "grad_copied_N", "grad_weight_NC", "grad_gap_CD", "grad_constant_CD")
     for name, gradient in zip(names, found, strict=True):
-        call.give(name, gradient)
+        if gradient is not None:
+            call.give(name, gradient)
     call.run("direct_backward")
     pairs = zip(found, (x_ND, *direct.tensors), strict=True)
     return [None if g is None or t is None else g.to(t.dtype) for g, t in pairs]
@@ -101,39 +99,17 @@ def _differentiable(
     return [next(found) if want else None for want in wanted]
 
 
-class _Call:
-    """A call of the kernels while it is put together; holds what it points to."""
+class _Call(KernelCall):
+    """A call of the kernels for a layer's direct experts."""
 
     def __init__(self, x_ND: Tensor, direct: Direct) -> None:
-        self._held: list[Tensor] = []
-        self._dtype = DTYPES[x_ND.dtype]
-        self._fields: dict[str, int] = dict.fromkeys(FIELDS, 0)
+        super().__init__(FIELDS, x_ND.dtype)
         threads = 1 if x_ND.numel() < ONE_THREAD else torch.get_num_threads()
         constants = 0 if direct.weight_NC is None else direct.weight_NC.shape[1]
-        self._fields |= {"threads": threads, "constants": constants}
-        self._fields |= {"tokens": x_ND.shape[0], "width": x_ND.shape[1]}
+        self.fields |= {"threads": threads, "constants": constants}
+        self.fields |= {"tokens": x_ND.shape[0], "width": x_ND.shape[1]}
         self.give_rows("x_ND", "x_ld", x_ND)
         names = ("copied_N", "weight_NC", "gap_CD", "constant_CD")
         for name, tensor in zip(names, direct.tensors, strict=True):
-            self.give(name, tensor)
-
-    def give(self, name: str, tensor: Tensor | None) -> None:
-        """Set a field to where the tensor is, without gaps."""
-        if tensor is None:
-            return
-        tensor = tensor.contiguous()
-        self._held.append(tensor)
-        self._fields[name] = tensor.data_ptr()
-
-    def give_rows(self, name: str, stride: str, rows: Tensor) -> None:
-        """Set two fields to a matrix's data and the stride of its rows."""
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        self._held.append(rows)
-        self._fields[name], self._fields[stride] = rows.data_ptr(), rows.stride(0)
-
-    def run(self, name: str) -> None:
-        """Run a kernel."""
-        kernels = library()
-        assert kernels is not None  # `takes_direct` has looked
-        getattr(kernels, f"moekit_{name}_{self._dtype}")(_CALL.pack(*self._fields.values()))
+            if tensor is not None:
+                self.give(name, tensor.contiguous())

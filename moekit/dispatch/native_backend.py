@@ -3,7 +3,6 @@ rows."""
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from typing import ClassVar
 
@@ -12,13 +11,12 @@ from torch import Tensor
 
 from moekit.dispatch.backend import Backend, Gradients, Wanted
 from moekit.dispatch.grouped import per_expert
-from moekit.dispatch.native_library import FIELDS, library, packed
+from moekit.dispatch.native_library import DTYPES, FIELDS, KernelCall, library, packed
 from moekit.dispatch.plan import Plan
 from moekit.experts.activation import GatedSiLU
 from moekit.experts.experts import FeedForward
 from moekit.experts.groups import autocast_dtype
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of all operands
 # Work, in multiply-adds, below which one thread is done before a second one is awake.
 ONE_THREAD = 2**20
 ONE_THREAD_WRITES = 2**18  # bytes of gradients, likewise
@@ -126,8 +124,8 @@ class Native(Backend):
         return found
 
 
-class NativeCall:
-    """A call of the kernels while it is put together; holds what it points to."""
+class NativeCall(KernelCall):
+    """A call of a pass."""
 
     def __init__(self, x_ND: Tensor, plan: Plan, bank: FeedForward) -> None:
         up_EJD, down_EOH = bank.up_EJD, bank.down_EOH
@@ -138,9 +136,7 @@ class NativeCall:
         up_expert, up_ld, _ = up_EJD.stride()
         down_expert, down_ld, _ = down_EOH.stride()
         work = rows * inner * (width + out_width)
-        self.dtype = x_ND.dtype
-        self._held: list[Tensor] = []
-        self.fields: dict[str, int] = dict.fromkeys(FIELDS, 0)
+        super().__init__(FIELDS, x_ND.dtype)
         self.fields |= {
             "threads": 1 if work < ONE_THREAD else torch.get_num_threads(),
             "tokens": tokens,
@@ -169,19 +165,6 @@ class NativeCall:
             self.give("up_bias_EJ", bank.up_bias_EJ.contiguous())
         if bank.down_bias_EO is not None:
             self.give("down_bias_EO", bank.down_bias_EO.contiguous())
-
-    def give(self, name: str, tensor: Tensor) -> None:
-        """Set a field to where the tensor is."""
-        self._held.append(tensor)
-        self.fields[name] = tensor.data_ptr()
-
-    def give_rows(self, name: str, stride: str, rows: Tensor) -> None:
-        """Set two fields to a matrix's data and the stride of its rows."""
-        step, within = rows.stride()
-        if within != 1:
-            rows, step = rows.contiguous(), rows.shape[1]
-        self.give(name, rows)
-        self.fields[stride] = step
 
     def room(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory for a result or a stage on the way to it."""
@@ -213,13 +196,11 @@ class NativeCall:
         """Let a backward pass run in pairs of bfloat16 where it can; whether it does."""
         if self.dtype != torch.bfloat16:
             return False
-        found = _kernels().moekit_runs_in_pairs(packed(self.fields))
+        kernels = library()
+        assert kernels is not None  # `Native.takes` has looked
+        found = kernels.moekit_runs_in_pairs(packed(self.fields))
         self.fields["in_pairs"] = found
         return bool(found)
-
-    def run(self, name: str) -> None:
-        """Run a pass."""
-        getattr(_kernels(), f"moekit_{name}_{DTYPES[self.dtype]}")(packed(self.fields))
 
 
 def untouched(like: Tensor) -> Tensor:
@@ -230,9 +211,3 @@ def untouched(like: Tensor) -> Tensor:
     """
     pages = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
-
-
-def _kernels() -> ctypes.CDLL:
-    found = library()
-    assert found is not None  # `Native.takes` has looked
-    return found

@@ -7,11 +7,11 @@ import hashlib
 import logging
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from struct import Struct
 from typing import Any
 
 import torch
@@ -46,12 +46,45 @@ FIELDS = (
     *("in_pairs", "cleared"),
     *("grad_RO", "back_RJ", "grad_NK", "grad_x_ND", "grad_up_EJD", "grad_down_EOH"),
 )
-_CALL = Struct(f"{len(FIELDS)}q")
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of all operands
 
 
 def packed(fields: dict[str, int]) -> bytes:
-    """A call for the kernels from all FIELDS, in their order."""
-    return _CALL.pack(*fields.values())
+    """A call for the kernels from all fields, in their order."""
+    return struct.pack(f"{len(fields)}q", *fields.values())
+
+
+class KernelCall:
+    """A call of the kernels while it is put together; holds what it points to.
+
+    Args:
+        fields: names of what the kernels are handed, in order.
+        dtype: of the operands.
+    """
+
+    def __init__(self, fields: tuple[str, ...], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.fields: dict[str, int] = dict.fromkeys(fields, 0)
+        self._held: list[Tensor] = []
+
+    def give(self, name: str, tensor: Tensor) -> None:
+        """Set a field to where the tensor is."""
+        self._held.append(tensor)
+        self.fields[name] = tensor.data_ptr()
+
+    def give_rows(self, name: str, stride: str, rows: Tensor) -> None:
+        """Set two fields to a matrix's data and the stride of its rows."""
+        step, within = rows.stride()
+        if within != 1:
+            rows, step = rows.contiguous(), rows.shape[1]
+        self.give(name, rows)
+        self.fields[stride] = step
+
+    def run(self, name: str) -> None:
+        """Run a kernel."""
+        kernels = library()
+        assert kernels is not None  # who makes a call has looked
+        getattr(kernels, f"moekit_{name}_{DTYPES[self.dtype]}")(packed(self.fields))
 
 
 @cache
