@@ -217,4 +217,6 @@ class MoE(nn.Module):
 
 def _dropped(before: Routing, after: Routing) -> Tensor:
     """Assignments of ``before`` that are gone; a dispatch may append slots but moves none."""
+    if after is before:
+        return before.expert_NK.new_zeros(())
     return (before.used_NK & ~after.used_NK[:, : before.used_NK.shape[1]]).sum()

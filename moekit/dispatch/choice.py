@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from moekit.autocast import autocast_dtype
 from moekit.dispatch.backend import Backend
 from moekit.dispatch.few_rows import FEW, FewRows
 from moekit.dispatch.grouped import Grouped
@@ -20,7 +21,7 @@ from moekit.dispatch.plan import Plan
 from moekit.dispatch.streamed import Streamed
 from moekit.errors import SpecError
 from moekit.experts.experts import FeedForward
-from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups, autocast_dtype
+from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
 
 BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "triton", "loop"]
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from moekit.autocast import autocast, without_autocast
 from moekit.dispatch.backend import Backend, Wanted
 from moekit.dispatch.plan import Plan
 from moekit.experts.activation import Activation
 from moekit.experts.experts import FeedForward
-from moekit.experts.groups import RowGroups, autocast
+from moekit.experts.groups import RowGroups
 
 
 def feed_forward(x_ND: Tensor, plan: Plan, bank: FeedForward, backend: Backend | None) -> Tensor:
@@ -82,14 +82,6 @@ def autocast_bank(bank: FeedForward) -> FeedForward:
     )
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Operands are cast already; entering the context costs as much as a small operation."""
-    device = tensor.device.type
-    if not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
-
-
 @dataclass(frozen=True)
 class _Call:
     """What a pass needs beside tensors."""
@@ -119,7 +111,7 @@ class _FeedForward(torch.autograd.Function):
         inputs, assignment_R, inner = saved[:6], saved[6], saved[7:]
         call: _Call = ctx.call  # type: ignore[attr-defined]
         wanted = Wanted(*ctx.needs_input_grad[:6])  # type: ignore[attr-defined]
-        with _without_autocast(grad_NO):
+        with without_autocast(grad_NO):
             if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
                 return (*_differentiable(inputs, assignment_R, call, grad_NO, wanted), None, None)
             x_ND, plan, bank = _arguments(inputs, assignment_R, call)

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moekit.autocast import common_dtype
 from moekit.dispatch.backend import Backend, Gradients, Wanted
 from moekit.dispatch.grouped import per_expert
 from moekit.dispatch.native_library import DTYPES, FIELDS, KernelCall, library, packed
 from moekit.dispatch.plan import Plan
 from moekit.experts.activation import GatedSiLU
 from moekit.experts.experts import FeedForward
-from moekit.experts.groups import autocast_dtype
 
 # Work, in multiply-adds, below which one thread is done before a second one is awake.
 ONE_THREAD = 2**20
@@ -34,12 +34,12 @@ class Native(Backend):
     @staticmethod
     def takes(x_ND: Tensor, bank: FeedForward) -> bool:
         """Whether the kernels are there, and for these tensors."""
-        dtypes = {autocast_dtype(t) for t in (x_ND, *bank.tensors) if t is not None}
         fits = (
-            len(dtypes) == 1 and dtypes <= DTYPES.keys() and isinstance(bank.activation, GatedSiLU)
+            common_dtype(x_ND, *bank.tensors) in DTYPES
+            and isinstance(bank.activation, GatedSiLU)
+            and bank.up_EJD.stride(2) == bank.down_EOH.stride(2) == 1
         )
-        laid = bank.up_EJD.stride(2) == bank.down_EOH.stride(2) == 1
-        return x_ND.is_cpu and fits and laid and library() is not None
+        return fits and x_ND.is_cpu and library() is not None
 
     @staticmethod
     def in_pairs(bank: FeedForward, rows_an_expert: float, training: bool) -> bool:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from moekit.autocast import autocast
+
 
 class RowGroups:
     """R rows sorted by expert: the first ``count_E[0]`` belong to expert 0, and so on.
@@ -170,17 +172,3 @@ def _grouped_mm(rows_RI: Tensor, weight_EIO: Tensor, end_E: Tensor) -> Tensor:
 
 def _weight_gradient(grad_RO: Tensor, rows_RI: Tensor, end_E: Tensor) -> Tensor:
     return torch.nn.functional.grouped_mm(grad_RO.contiguous().T, rows_RI.contiguous(), offs=end_E)
-
-
-def autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype that autocast asks for, if it is on; float64 stays as it is."""
-    dtype = autocast_dtype(tensor)
-    return tensor if dtype == tensor.dtype else tensor.to(dtype)
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of the tensor as an operand: that which autocast asks for, if it is on."""
-    device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
-        return tensor.dtype
-    return torch.get_autocast_dtype(device)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moekit.autocast import without_autocast
 from moekit.errors import SignalError
 from moekit.routing.router import Site, routing_dtype
 from moekit.routing.routing import Signals
@@ -97,7 +98,7 @@ def _most_certain(weight_BATP: Tensor) -> Tensor:
 
 def _squared_distance(x_BTD: Tensor, y_BPD: Tensor) -> Tensor:
     """``|x_t - y_p|²`` (B, T, P), never below 0."""
-    with torch.autocast(x_BTD.device.type, enabled=False):
+    with without_autocast(x_BTD):
         product = x_BTD @ y_BPD.transpose(1, 2)
     norms = x_BTD.square().sum(-1)[:, :, None] + y_BPD.square().sum(-1)[:, None]
     return (norms - 2 * product).clamp_min(0)

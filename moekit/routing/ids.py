@@ -50,4 +50,4 @@ def queue_positions(place_R: Tensor, order_R: Tensor, places: int) -> Tensor:
 def is_here(ids: Tensor) -> bool:
     """Whether the numbers can be looked at: on the CPU, and not while operations are traced."""
     traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return ids.device.type == "cpu" and type(ids) is Tensor and not traced
+    return ids.is_cpu and type(ids) is Tensor and not traced

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from moekit.autocast import without_autocast
 from moekit.routing.float32 import KeepsFloat32
 from moekit.routing.permutation import (
     Schedule,
@@ -158,7 +159,7 @@ class PermutedRouter(KeepsFloat32, Router):
         self.step.fill_(passed)
 
     def _plan(self, passed: int, dtype: torch.dtype) -> Tensor:
-        with torch.autocast(self.log_weight_EE.device.type, enabled=False):
+        with without_autocast(self.log_weight_EE):
             log_weight_EE = self.log_weight_EE.to(dtype)
             return soft_permutation(log_weight_EE, self.spec.schedule, passed / self.spec.steps)
 
@@ -173,7 +174,7 @@ class PermutedRouter(KeepsFloat32, Router):
 def _mixed(routing: Routing, plan_EE: Tensor) -> Routing:
     """The routing through a soft permutation: dense, with each token's total weight kept."""
     logits_NE, scores_NE = routing.logits_NE, routing.scores_NE
-    with torch.autocast(plan_EE.device.type, enabled=False):
+    with without_autocast(plan_EE):
         weight_NE = _through(routing.dense_weight_NE(), plan_EE)
         return routing.replace(
             expert_NK=all_slots_NE(weight_NE != 0),  # NaN is not 0: it must not vanish here

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from moekit.autocast import without_autocast
 from moekit.errors import SignalError, SpecError
 from moekit.routing.routing import Load, Routing, Signals
 from moekit.spec import Spec
@@ -163,7 +164,7 @@ def routing_dtype(x: Tensor) -> torch.dtype:
 def linear_logits(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """``x Wᵀ + b`` in at least float32, also under autocast."""
     dtype = routing_dtype(x_ND)
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with without_autocast(x_ND):
         bias = None if bias_E is None else bias_E.to(dtype)
         return torch.nn.functional.linear(x_ND.to(dtype), weight_ED.to(dtype), bias)
 

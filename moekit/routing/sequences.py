@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moekit.autocast import without_autocast
 from moekit.errors import SignalError
 
 
@@ -208,7 +209,7 @@ class DotProductAttention(Attention):
         query, key = self._heads(dtype)
         value = value_BPE.to(dtype)[:, None].expand(-1, query.shape[1], -1, -1)
         visible = None if view.visible_BTP is None else view.visible_BTP[:, None]
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             mixed_BATE = F.scaled_dot_product_attention(
                 query,
                 key,
@@ -221,7 +222,7 @@ class DotProductAttention(Attention):
 
     def weights(self, view: View) -> Tensor:
         query, key = self._heads(_at_least_float32(self.query_BATC))
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             score_BATP = self.scale * query @ key.transpose(2, 3)
         hidden = _hidden(score_BATP, view)
         return score_BATP.masked_fill(hidden, float("-inf")).softmax(-1)
@@ -269,7 +270,7 @@ class AttentionWeights(Attention):
 
     def average(self, value_BPE: Tensor, view: View) -> Tensor:
         dtype = _at_least_float32(value_BPE)
-        with torch.autocast(value_BPE.device.type, enabled=False):
+        with without_autocast(value_BPE):
             return self.weights(view).to(dtype).mean(1) @ value_BPE.to(dtype)
 
     def weights(self, view: View) -> Tensor:

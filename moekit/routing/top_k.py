@@ -183,12 +183,13 @@ class TopKRouter(KeepsFloat32, Router):
             weight_NK = _share_of_rest(score_NK, self._left_out(expert_NK))
         return weight_NK * self.spec.scale if self.spec.scale != 1.0 else weight_NK
 
-    def _left_out(self, expert_NK: Tensor) -> Tensor:
-        """True where normalisation leaves a slot out."""
+    def _left_out(self, expert_NK: Tensor) -> Tensor | None:
+        """True where normalisation leaves a slot out; None where it leaves out none."""
+        if self.spec.normalize != "nonzero" or not self._zero_ranges:
+            return None
         out_NK = torch.zeros_like(expert_NK, dtype=torch.bool)
-        if self.spec.normalize == "nonzero":
-            for start, stop in self._zero_ranges:
-                out_NK = out_NK | ((expert_NK >= start) & (expert_NK < stop))
+        for start, stop in self._zero_ranges:
+            out_NK = out_NK | ((expert_NK >= start) & (expert_NK < stop))
         return out_NK
 
     @torch.no_grad()
@@ -220,20 +221,22 @@ class TopKRouter(KeepsFloat32, Router):
         return grouped_NGE.masked_fill(~open_NG[..., None], float("-inf")).flatten(1)
 
 
-def _softmax_of_rest(logit_NK: Tensor, out_NK: Tensor) -> Tensor:
+def _softmax_of_rest(logit_NK: Tensor, out_NK: Tensor | None) -> Tensor:
     """Softmax over the slots that are not left out; 0 in those that are.
 
     Equal to the scores divided by their sum, whose gradient is NaN once float32 scores underflow:
     beside a null expert that wins by 80 nats, say.
     """
+    if out_NK is None:
+        return logit_NK.softmax(-1)
     none_N1 = out_NK.all(-1, keepdim=True)
     logit_NK = logit_NK.masked_fill(out_NK, float("-inf")).masked_fill(none_N1, 0.0)
     return logit_NK.softmax(-1).masked_fill(out_NK, 0.0)
 
 
-def _share_of_rest(score_NK: Tensor, out_NK: Tensor) -> Tensor:
+def _share_of_rest(score_NK: Tensor, out_NK: Tensor | None) -> Tensor:
     """Scores divided by the sum of those not left out; 0 in those that are."""
-    score_NK = score_NK.masked_fill(out_NK, 0.0)
+    score_NK = score_NK if out_NK is None else score_NK.masked_fill(out_NK, 0.0)
     total_N1 = score_NK.sum(-1, keepdim=True)
     lost_N1 = total_N1 < torch.finfo(total_N1.dtype).tiny  # 1 / total would overflow
     return score_NK.masked_fill(lost_N1, 0.0) / total_N1.masked_fill(lost_N1, 1.0)
