@@ -17,10 +17,12 @@ from moekit.cli import options as opt
 from moekit.compare.machine import machine
 from moekit.compare.record import write_json
 from moekit.errors import SpecError
-from moekit.measure.layer_bench import OURS, LayerBench, LayerShape, LayerTiming, grid
+from moekit.measure.layer_bench import OURS, LayerBench, LayerTiming
 from moekit.measure.layer_bench_report import report, results
+from moekit.measure.layer_shapes import LayerShape, grid
 from moekit.measure.merged_bench import Sizes, costs
 from moekit.measure.roofline import LimitRuns
+from moekit.measure.whole_layer_bench import WholeLayerBench
 from moekit.measure.zero_computation_bench import time_zero_computation
 
 EXAMPLES = """\
@@ -49,6 +51,9 @@ def layer_command(
         str, typer.Option(help="Comma-separated: float32, bfloat16, float16.")
     ] = "float32,bfloat16",
     mode: Annotated[str, typer.Option(help="forward, training (with backward) or both.")] = "both",
+    whole: Annotated[
+        bool, typer.Option("--whole", help="With the router in it: all that a model calls.")
+    ] = False,
     all_backends: Annotated[
         bool, typer.Option("--all-backends", help="Time each of our backends, not our choice only.")
     ] = False,
@@ -65,7 +70,8 @@ def layer_command(
     """Time the MoE layer against transformers' backends and a dense layer of equal FLOPs.
 
     All contenders take turns on the same weights, tokens and routing. The report has medians,
-    ratios, the share of this machine's measured limits, and memory. Run it on a machine that does
+    ratios, the share of this machine's measured limits, and memory. Without --whole everyone is
+    given the routing. Run it on a machine that does
     nothing else; a grid of large layers needs about 10 GB of memory.
     """
     where = torch.device(opt.device_of(device))
@@ -76,7 +82,7 @@ def layer_command(
         torch.set_num_threads(threads)
     console = Console(stderr=True, quiet=quiet)
     timings = []
-    for timing in _timings(shapes, modes, where, repeats, seed, all_backends):
+    for timing in _timings(shapes, modes, where, repeats, seed, whole, all_backends):
         timings.append(timing)
         console.print(_line(timing), highlight=False, markup=False, soft_wrap=True)
         # Shape by shape, so that an interrupted run keeps what it measured.
@@ -102,13 +108,14 @@ def _timings(
     device: torch.device,
     repeats: int,
     seed: int,
+    whole: bool,
     all_backends: bool,
 ) -> Iterator[LayerTiming]:
     limit_runs = {
         name: LimitRuns(device, getattr(torch, name)) for name in {s.dtype for s in shapes}
     }
     for shape in shapes:
-        bench = LayerBench(shape, device, seed)
+        bench = (WholeLayerBench if whole else LayerBench)(shape, device, seed)
         for training in modes:
             names = set(bench.contenders(training))
             if not all_backends:

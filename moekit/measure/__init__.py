@@ -14,7 +14,8 @@ from moekit.measure.information import (
     routing_information,
 )
 from moekit.measure.inspect import CheckpointStructure, inspect_checkpoint
-from moekit.measure.layer_bench import LayerBench, LayerShape, LayerTiming, grid
+from moekit.measure.layer_bench import LayerBench, LayerTiming
+from moekit.measure.layer_shapes import LayerShape, grid
 from moekit.measure.memory import PeakMemory
 from moekit.measure.multiple_choice import ChoiceItem, ChoiceScores, score_choices
 from moekit.measure.observe import Observation, observe, routing_statistics

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moekit.dispatch import Dropless
 from moekit.experts import FeedForwardExperts, SwiGLU
+from moekit.measure.layer_shapes import LayerShape
 from moekit.measure.memory import PeakMemory
 from moekit.measure.roofline import LimitRuns, Limits, alternating, captured, interleaved
 from moekit.measure.scattermoe import scattermoe
@@ -41,45 +42,13 @@ LARGEST_COPY = 2**31
 
 
 @dataclass(frozen=True)
-class LayerShape:
-    """One point of the grid.
-
-    Attributes:
-        tokens, experts, k, width, hidden: N, E, K, D and H of SwiGLU experts.
-        dtype: name of a torch dtype.
-    """
-
-    tokens: int
-    experts: int
-    k: int
-    width: int
-    hidden: int
-    dtype: str = "float32"
-
-    @property
-    def flops(self) -> float:
-        """Operations of the forward products."""
-        return 6.0 * self.tokens * self.k * self.width * self.hidden
-
-    @property
-    def weight_bytes(self) -> float:
-        """Bytes of one expert's weights."""
-        return 3.0 * self.width * self.hidden * getattr(torch, self.dtype).itemsize
-
-    def __str__(self) -> str:
-        return (
-            f"N={self.tokens} E={self.experts} k={self.k} "
-            f"D={self.width} H={self.hidden} {self.dtype}"
-        )
-
-
-@dataclass(frozen=True)
 class LayerTiming:
     """One shape, forward alone or with backward.
 
     Attributes:
         shape: which.
         training: whether the backward pass is in it.
+        whole: whether the router is in it.
         seconds: median time of each contender.
         peak_bytes: memory that each one's run added at its highest.
         saved_bytes: bytes a token kept for the backward pass, weights left out; training only.
@@ -93,6 +62,7 @@ class LayerTiming:
 
     shape: LayerShape
     training: bool
+    whole: bool
     seconds: dict[str, float]
     peak_bytes: dict[str, int]
     saved_bytes: dict[str, float]
@@ -136,6 +106,8 @@ class LayerBench:
         seed: of weights, tokens and routing.
     """
 
+    whole: ClassVar[bool] = False
+
     def __init__(self, shape: LayerShape, device: torch.device, seed: int = 0) -> None:
         self.shape, self.device = shape, device
         generator = torch.Generator(device).manual_seed(seed)
@@ -151,12 +123,17 @@ class LayerBench:
         scores_NE = torch.rand(shape.tokens, shape.experts, **room)
         weight_NK, self.expert_NK = scores_NE.topk(shape.k)
         self.weight_NK = (weight_NK / weight_NK.sum(-1, keepdim=True)).to(dtype)
-        self._config = _config(shape)
-        self.theirs = _of_transformers(self.bank, self._config)
+        self.config = _config(shape)
+        self.theirs = _of_transformers(self.bank, self.config)
         self.dense = [
             nn.Parameter(torch.randn(out, inner, device=device, dtype=dtype) * inner**-0.5)
             for out, inner in _dense_sizes(shape)
         ]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of all contenders."""
+        return [*self.bank.parameters(), *self.dense]
 
     def contenders(self, training: bool, names: Iterable[str] | None = None) -> dict[str, Run]:
         """What is compared, by name; each maps tokens (N, D) and weights (N, K) to outputs."""
@@ -168,9 +145,7 @@ class LayerBench:
                 found[name] = self._theirs(backend)
         if training:
             found[RECOMPUTED] = self._recomputed
-        peer = scattermoe(self.bank, self.expert_NK) if self.device.type == "cuda" else None
-        if peer is not None:
-            found[SCATTERMOE] = peer
+        found |= self._peers()
         found[DENSE] = self._dense
         return found if names is None else {n: run for n, run in found.items() if n in set(names)}
 
@@ -205,6 +180,7 @@ class LayerBench:
         return LayerTiming(
             self.shape,
             training,
+            self.whole,
             seconds,
             peaks,
             {name: count / self.shape.tokens for name, count in saved.items()},
@@ -226,7 +202,7 @@ class LayerBench:
     def saved_bytes(self, run: Run) -> int:
         """Bytes that autograd keeps for the backward pass of ``run``, parameters left out."""
         held: dict[int, int] = {}
-        parameters = {p.data_ptr() for p in (*self.bank.parameters(), *self.dense)}
+        parameters = {p.data_ptr() for p in self.parameters}
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -259,7 +235,7 @@ class LayerBench:
         cotangent = torch.randn_like(self.x_ND)
 
         def step() -> None:
-            for parameter in (*self.bank.parameters(), *self.dense):
+            for parameter in self.parameters:
                 parameter.grad = None
             run(*self._leaves()).backward(cotangent)
 
@@ -284,11 +260,15 @@ class LayerBench:
 
     def _theirs(self, backend: str) -> Run:
         def run(x_ND: Tensor, weight_NK: Tensor) -> Tensor:
-            self._config._experts_implementation = backend
+            self.config._experts_implementation = backend
             y_ND: Tensor = self.theirs(x_ND, self.expert_NK, weight_NK)
             return y_ND
 
         return run
+
+    def _peers(self) -> dict[str, Run]:
+        peer = scattermoe(self.bank, self.expert_NK) if self.device.type == "cuda" else None
+        return {} if peer is None else {SCATTERMOE: peer}
 
     def _recomputed(self, x_ND: Tensor, weight_NK: Tensor) -> Tensor:
         y_ND: Tensor = checkpoint(self._theirs("grouped_mm"), x_ND, weight_NK, use_reentrant=False)
@@ -304,6 +284,7 @@ def _config(shape: LayerShape) -> MixtralConfig:
         hidden_size=shape.width,
         intermediate_size=shape.hidden,
         num_local_experts=shape.experts,
+        num_experts_per_tok=shape.k,
         hidden_act="silu",
     )
 
@@ -320,47 +301,3 @@ def _of_transformers(bank: FeedForwardExperts, config: MixtralConfig) -> Mixtral
 def _dense_sizes(shape: LayerShape) -> tuple[tuple[int, int], tuple[int, int]]:
     hidden = shape.k * shape.hidden
     return (2 * hidden, shape.width), (shape.width, hidden)
-
-
-SMALL = LayerShape(0, 8, 2, 128, 256)
-MIDDLE = LayerShape(0, 32, 4, 512, 512)
-OLMOE = LayerShape(0, 64, 8, 2048, 1024)
-QWEN3 = LayerShape(0, 128, 8, 2048, 768)
-MIXTRAL = LayerShape(0, 8, 2, 4096, 14336)
-DECODE, PREFILL = (1, 4, 16, 64), (512, 2048, 8192)
-LONG = (512, 2048, 4096, 8192)
-
-Layers = tuple[tuple[LayerShape, tuple[int, ...]], ...]
-QUICK: Layers = ((SMALL, (1, 16, 512)), (MIDDLE, (1, 16, 512)))
-ON_CPU: Layers = (
-    (SMALL, DECODE + LONG),
-    (MIDDLE, DECODE + LONG),
-    (OLMOE, (*DECODE, 512)),
-    (QWEN3, (*DECODE, 512)),
-)
-ON_GPU: Layers = (
-    (MIDDLE, (64, 2048, 32768)),
-    (OLMOE, (*DECODE, *PREFILL, 32768)),
-    (QWEN3, (*DECODE, *PREFILL)),
-    (MIXTRAL, (*DECODE, *PREFILL)),
-)
-
-
-def grid(
-    quick: bool = False, dtypes: Iterable[str] = ("float32", "bfloat16"), device: str = "cpu"
-) -> list[LayerShape]:
-    """The shapes of the committed results, small ones first.
-
-    On a CPU two small layers at decoding and prefill sizes, and the layers of OLMoE-7B and
-    Qwen3-30B-A3B at decoding sizes and a prefill of 512; on a GPU these and Mixtral-8x7B's up to
-    prefills of 8192 and more. ``quick`` takes the two small ones at few sizes.
-    """
-    layers = QUICK if quick else ON_GPU if device == "cuda" else ON_CPU
-    return list(_grid(layers, tuple(dtypes)))
-
-
-def _grid(layers: Layers, dtypes: tuple[str, ...]) -> Iterator[LayerShape]:
-    for layer, sizes in layers:
-        for dtype in dtypes:
-            for tokens in sizes:
-                yield LayerShape(tokens, layer.experts, layer.k, layer.width, layer.hidden, dtype)

@@ -119,10 +119,11 @@ def _mode(timings: Sequence[LayerTiming], training: bool) -> list[Block]:
         for name in names
         if name == "moekit" or name not in OURS
     }
+    given = "tokens, the router in it" if timings[0].whole else "tokens and routing"
     graphed = [replace(t, seconds=t.graph_seconds) for t in timings if t.graph_seconds]
     blocks: list[Block] = [
         Text(
-            "Medians of interleaved runs on the same weights, tokens and routing. The share is "
+            f"Medians of interleaved runs on the same weights, {given}. The share is "
             "that of the limit that binds, measured between these runs: operations at the rate of "
             "a large product, or weights at the rate of reading memory."
         ),

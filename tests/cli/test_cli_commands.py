@@ -351,14 +351,17 @@ def test_a_process_with_a_mistake(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bench_layer(moekit: Moekit, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_bench_layer(moekit: Moekit, tmp_path: Path, whole: bool) -> None:
     sizes = "--tokens 3,9 --experts 4 --k 2 --width 16 --hidden 8 --dtypes float32 --repeats 1"
     folder = tmp_path / "bench"
-    ended = moekit("bench", "layer", "--json", "--output", str(folder), *sizes.split())
+    asked = (*sizes.split(), *(["--whole"] if whole else []))
+    ended = moekit("bench", "layer", "--json", "--output", str(folder), *asked)
     assert ended.code == 0, ended.err
     found = strict(ended.out)
     shapes = [timing["shape"] for timing in found["timings"]]
     assert [(shape["tokens"], shape["experts"]) for shape in shapes] == [(3, 4)] * 2 + [(9, 4)] * 2
+    assert {timing["whole"] for timing in found["timings"]} == {whole}
     assert found["machine"]["torch"] == torch.__version__
     assert files(folder) == ["layer.json", "report.html"]
     assert strict((folder / "layer.json").read_text("utf-8")) == found

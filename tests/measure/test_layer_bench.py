@@ -21,11 +21,12 @@ from moekit.measure.layer_bench import (
     RECOMPUTED,
     THEIRS,
     LayerBench,
-    LayerShape,
     LayerTiming,
 )
 from moekit.measure.layer_bench_report import geometric_mean, limits_of, report, results
+from moekit.measure.layer_shapes import LayerShape
 from moekit.measure.merged_bench import Sizes, costs
+from moekit.measure.whole_layer_bench import WholeLayerBench
 from moekit.measure.zero_computation_bench import VANILLA, time_zero_computation
 
 CPU = torch.device("cpu")
@@ -50,10 +51,13 @@ def _time(
     return bench.time(KnownLimits(), training, repeats, names, least_seconds=0.0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_contenders_compute_the_same(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("bench_kind", "dtype"),
+    [(LayerBench, "float32"), (LayerBench, "bfloat16"), (WholeLayerBench, "float32")],
+)
+def test_contenders_compute_the_same(bench_kind: type[LayerBench], dtype: str) -> None:
     """All but the dense layer, which stands for its cost alone."""
-    bench = LayerBench(LayerShape(12, 4, 2, 16, 24, dtype), CPU)
+    bench = bench_kind(LayerShape(12, 4, 2, 16, 24, dtype), CPU)
     found = bench.contenders(training=True)
     ours = {"moekit", *(f"moekit {name}" for name in BACKENDS["cpu"])}
     assert set(found) == {*ours, *THEIRS, RECOMPUTED, DENSE}
@@ -63,6 +67,24 @@ def test_contenders_compute_the_same(dtype: str) -> None:
         if name != DENSE:
             y_ND = run(bench.x_ND, bench.weight_NK)
             torch.testing.assert_close(y_ND, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_a_whole_layer_chooses_experts_itself() -> None:
+    """Weights that are handed in change nothing, and the router learns in every contender."""
+    bench = WholeLayerBench(SHAPE, CPU)
+    for name, run in bench.contenders(training=True).items():
+        if name == DENSE:
+            continue
+        bench.router.weight.grad = None
+        y_ND = run(bench.x_ND, bench.weight_NK)
+        torch.testing.assert_close(y_ND, run(bench.x_ND, torch.zeros_like(bench.weight_NK)))
+        y_ND.square().sum().backward()
+        gradient = bench.router.weight.grad
+        assert gradient is not None, name
+        assert gradient.abs().sum() > 0, name
+    timing = _time(bench, training=False, repeats=1, names=["moekit", *THEIRS])
+    assert timing.whole
+    assert not _time(LayerBench(SHAPE, CPU), False, 1, ["moekit", *THEIRS]).whole
 
 
 def test_the_dense_layer_has_the_same_operations() -> None:
