@@ -20,10 +20,10 @@ from moekit.errors import SpecError
 from moekit.measure.layer_bench import OURS, LayerBench, LayerTiming
 from moekit.measure.layer_bench_report import report, results
 from moekit.measure.layer_shapes import LayerShape, grid
-from moekit.measure.merged_bench import Sizes, costs
+from moekit.measure.merged_bench import Cost, Sizes, costs
 from moekit.measure.roofline import LimitRuns
 from moekit.measure.whole_layer_bench import WholeLayerBench
-from moekit.measure.zero_computation_bench import time_zero_computation
+from moekit.measure.zero_computation_bench import ZeroComputationTiming, time_zero_computation
 
 EXAMPLES = """\
   moekit bench layer --quick
@@ -41,7 +41,7 @@ def layer_command(
     ] = False,
     tokens: Annotated[
         str | None,
-        typer.Option(help="Rows, comma-separated, of one layer in place of the whole grid."),
+        typer.Option(help="Rows, comma-separated, of one layer; nothing else is timed."),
     ] = None,
     experts: opt.Experts = ONE_LAYER["experts"],
     k: opt.TopKOption = ONE_LAYER["k"],
@@ -87,8 +87,7 @@ def layer_command(
         console.print(_line(timing), highlight=False, markup=False, soft_wrap=True)
         # Shape by shape, so that an interrupted run keeps what it measured.
         write_json(output / "layer.json", results(timings, [], [], machine(str(where))))
-    zero = time_zero_computation(where, tokens=512 if quick else 2048, repeats=repeats, seed=seed)
-    merged = [] if where.type != "cpu" else costs(MERGED[quick], (1, 2, 4, 8), repeats)
+    zero, merged = ([], []) if tokens else _banks(quick, where, repeats, seed)
     found = results(timings, zero, merged, machine(str(where)))
     write_json(output / "layer.json", found)
     page = report(timings, zero, merged, machine(str(where)), "moekit bench layer")
@@ -121,6 +120,16 @@ def _timings(
             if not all_backends:
                 names -= set(OURS) - {"moekit"}
             yield bench.time(limit_runs[shape.dtype], training, repeats, names)
+
+
+def _banks(
+    quick: bool, device: torch.device, repeats: int, seed: int
+) -> tuple[list[ZeroComputationTiming], list[Cost]]:
+    """What zero-computation experts save, and merged ones."""
+    tokens = 512 if quick else 2048
+    zero = time_zero_computation(device, tokens=tokens, repeats=repeats, seed=seed)
+    merged = [] if device.type != "cpu" else costs(MERGED[quick], (1, 2, 4, 8), repeats)
+    return zero, merged
 
 
 def _shapes(

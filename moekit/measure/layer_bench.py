@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moekit.dispatch import Dropless
 from moekit.experts import FeedForwardExperts, SwiGLU
 from moekit.measure.layer_shapes import LayerShape
-from moekit.measure.memory import PeakMemory
+from moekit.measure.memory import PeakMemory, collecting_only_what_is_new
 from moekit.measure.roofline import LimitRuns, Limits, alternating, captured, interleaved
 from moekit.measure.scattermoe import scattermoe
 from moekit.routing import Routing
@@ -171,7 +171,8 @@ class LayerBench:
         runs = {name: self._call(run, training) for name, run in contenders.items()}
         with torch.set_grad_enabled(training):  # once, as models do
             taken = alternating((runs, limit_runs.runs), self.device, repeats, least_seconds)
-            peaks = {name: self._peak(run) for name, run in runs.items()}
+            with collecting_only_what_is_new():
+                peaks = {name: self._peak(run) for name, run in runs.items()}
             graphed = self.device.type == "cuda" and not training
             graph_seconds = self._graphed(runs, repeats, least_seconds) if graphed else {}
         seconds, limits = {name: taken[name] for name in runs}, limit_runs.limits(taken)

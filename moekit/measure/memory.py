@@ -6,6 +6,8 @@ import ctypes
 import gc
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -52,6 +54,21 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         else:
             self.bytes = _resident_peak()
+
+
+@contextmanager
+def collecting_only_what_is_new() -> Iterator[None]:
+    """Within, garbage is looked for only among what is made within.
+
+    For many measurements in a row: to look at all objects of a process in which torch and
+    transformers are loaded takes a third of a second each time.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def release_freed_memory() -> None:
