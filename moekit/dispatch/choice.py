@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moekit.autocast import autocast_dtype
 from moekit.dispatch.backend import Backend
@@ -22,6 +21,7 @@ from moekit.dispatch.streamed import Streamed
 from moekit.errors import SpecError
 from moekit.experts.experts import FeedForward
 from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
+from moekit.watched import watched
 
 BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "triton", "loop"]
 
@@ -63,9 +63,10 @@ class Choice:
     def backend(self, x_ND: Tensor, plan: Plan, bank: FeedForward) -> Backend | None:
         """The backend, or None where plain operations must serve.
 
-        Those serve the loop, which is the oracle; tracing and compiling; modes that look at every
-        operation, such as counters of FLOPs; padded rows; and tensors that are no plain ones (meta,
-        fake, distributed). What counts is the dtype that autocast gives the operands.
+        Those serve the loop, which is the oracle; tracing, compiling and transforms of torch.func;
+        modes that look at every operation, such as counters of FLOPs; padded rows; and tensors that
+        are no plain ones (meta, fake, distributed). What counts is the dtype that autocast gives
+        the operands.
         """
         plain = self.name != "loop" and _plain(x_ND, *bank.tensors)
         if not plain or isinstance(plan.groups, PaddedGroups):
@@ -98,7 +99,7 @@ class Choice:
 
 def _plain(x_ND: Tensor, *others: Tensor | None) -> bool:
     """Whether these are plain tensors, and operations run as they come, seen by no mode."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if watched():
         return False
     return {type(x_ND), *map(type, others)} <= PLAIN and not x_ND.is_meta
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from moekit.autocast import autocast
+from moekit.watched import transformed
 
 
 class RowGroups:
@@ -71,7 +72,11 @@ class RowGroups:
 
 
 class GroupedMM(RowGroups):
-    """Products through ``torch.nn.functional.grouped_mm``; needs :func:`fits_grouped_mm`."""
+    """Products through ``torch.nn.functional.grouped_mm``; needs :func:`fits_grouped_mm`.
+
+    The loop serves where that does not hold, and under transforms of torch.func, of which
+    grouped_mm knows few.
+    """
 
     def __init__(self, count_E: Tensor) -> None:
         super().__init__(count_E)
@@ -85,7 +90,7 @@ class GroupedMM(RowGroups):
         return self._end_E
 
     def product(self, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
-        if not fits_grouped_mm(rows_RI, weight_EOI):
+        if not fits_grouped_mm(rows_RI, weight_EOI) or transformed():
             return super().product(rows_RI, weight_EOI)
         if not torch.is_grad_enabled():  # without the cost of an autograd function
             return _grouped_mm(rows_RI, weight_EOI.mT, self.end_E)

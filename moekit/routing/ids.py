@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from moekit.watched import watched
 
 MOST_PLACES = 2**16  # that numpy sorts by their digits
 
@@ -48,6 +49,5 @@ def queue_positions(place_R: Tensor, order_R: Tensor, places: int) -> Tensor:
 
 
 def is_here(ids: Tensor) -> bool:
-    """Whether the numbers can be looked at: on the CPU, and not while operations are traced."""
-    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return ids.is_cpu and type(ids) is Tensor and not traced
+    """Whether the numbers can be looked at: on the CPU, and by nobody else."""
+    return ids.is_cpu and type(ids) is Tensor and not watched()

@@ -59,10 +59,12 @@ class _Projection(torch.autograd.Function):
     """On a fixed support of s entries the projection is ``x - (Σ x - total) / s``."""
 
     @staticmethod
-    def forward(ctx: Any, x_I: Tensor, total: Tensor, k: int) -> Tensor:
-        value_I, _ = project(x_I, k, total)
-        ctx.save_for_backward(value_I)
-        return value_I
+    def forward(x_I: Tensor, total: Tensor, k: int) -> Tensor:
+        return project(x_I, k, total)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, _: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output)
 
     @staticmethod
     @once_differentiable

@@ -33,11 +33,14 @@ def differentiable_plan(
 
 class _Plan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan_JI: Tensor, gamma: float, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(plan_JI > 0)
-        ctx.gamma = gamma
-        ctx.dtypes = tuple(value.dtype for value in inputs)
+    def forward(plan_JI: Tensor, *_: Any) -> Tensor:
         return plan_JI.transpose(-2, -1).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
+        plan_JI, ctx.gamma, *others = inputs
+        ctx.save_for_backward(plan_JI > 0)
+        ctx.dtypes = tuple(value.dtype for value in others)
 
     @staticmethod
     @once_differentiable

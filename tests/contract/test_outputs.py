@@ -166,6 +166,24 @@ def test_gradients_equal_finite_differences(case: Case) -> None:
     )
 
 
+@EVERY_CASE
+def test_gradients_of_torch_func_equal_those_of_autograd(case: Case) -> None:
+    layer, inputs = case.layer(torch.float64, seed=2), Inputs.make(5, torch.float64, seed=3)
+
+    def output(x_ND: Tensor, given: dict[str, Tensor]) -> Tensor:
+        torch.manual_seed(0)  # the same jitter and noise both times
+        arguments = (x_ND, inputs.signals, inputs.carry)
+        y: Tensor = torch.func.functional_call(layer, given, arguments).y
+        return y.square().sum()
+
+    values = {n: p.detach() for n, p in layer.named_parameters()}
+    by_x_ND, by_values = torch.func.grad(output, argnums=(0, 1))(inputs.x_ND, values)
+    leaves = [leaf.clone().requires_grad_() for leaf in (inputs.x_ND, *values.values())]
+    loss = output(leaves[0], dict(zip(values, leaves[1:], strict=True)))
+    wanted = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close((by_x_ND, *by_values.values()), wanted)
+
+
 @pytest.mark.parametrize(
     "case",
     [c for c in CASES if isinstance(c.dispatch, Dropless) and c.dispatch.backend == "loop"],

@@ -63,12 +63,15 @@ class _Weights(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits_TS: Tensor, allowed_TS: Tensor) -> Tensor:
+    def forward(logits_TS: Tensor, allowed_TS: Tensor) -> Tensor:
         stay_TS = F.logsigmoid(-logits_TS).masked_fill_(~allowed_TS, 0.0)
         left_TS = stay_TS.flip(-1).cumsum(-1).flip(-1)
-        weights_TS = (left_TS + logits_TS).exp().masked_fill_(~allowed_TS, 0.0)
-        ctx.save_for_backward(logits_TS, weights_TS, allowed_TS)
-        return weights_TS
+        return (left_TS + logits_TS).exp().masked_fill_(~allowed_TS, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        logits_TS, allowed_TS = inputs
+        ctx.save_for_backward(logits_TS, output, allowed_TS)
 
     @staticmethod
     @once_differentiable
