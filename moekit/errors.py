@@ -42,3 +42,9 @@ class ProcessError(MoekitError, RuntimeError):
 
 class MissingExtraError(MoekitError, ImportError):
     """A feature whose optional dependency is not installed."""
+
+
+def first_line(error: Exception) -> str:
+    """What a foreign error says, in a line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

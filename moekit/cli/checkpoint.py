@@ -14,8 +14,7 @@ from transformers import (
 
 import moekit.models.language
 import moekit.surgery  # noqa: F401  (both register our checkpoints with transformers)
-from moekit.compare.run import first_line
-from moekit.errors import CheckpointError, SpecError
+from moekit.errors import CheckpointError, SpecError, first_line
 from moekit.measure import inspect_checkpoint
 from moekit.measure.inspect import read_config
 from moekit.surgery.adapt import is_adapter, load_adapter

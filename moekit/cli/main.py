@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import torch
 import typer
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import moekit
-from moekit.cli import (
-    adapt,
-    bench,
-    compare,
-    evaluate,
-    generate,
-    graft,
-    prune,
-    systems,
-    train,
-    unlearn,
-    upcycle,
-)
-from moekit.cli import inspect as inspection
-from moekit.compare.run import first_line
-from moekit.errors import MoekitError
+from moekit.cli.commands import Benches, Commands
+from moekit.errors import MoekitError, first_line
 
 INTERRUPTED = 130  # the exit code that typer gives a command ended by control-C
 
@@ -42,6 +25,7 @@ def build() -> typer.Typer:
     """The command with all its subcommands."""
     app = typer.Typer(
         name="moekit",
+        cls=Commands,
         help="Sparse mixture-of-experts models: compare designs, train, inspect, prune, adapt.",
         no_args_is_help=True,
         add_completion=False,
@@ -57,40 +41,13 @@ def build() -> typer.Typer:
     ) -> None:
         """Sparse mixture-of-experts models: compare designs, train, inspect, prune, adapt."""
 
-    def add(
-        name: str, command: Callable[..., None], examples: str, under: typer.Typer = app
-    ) -> None:
-        under.command(name, help=_flowing(command), epilog=f"Examples:\n{examples}")(command)
-
-    add("compare", compare.compare_command, compare.EXAMPLES)
-    add("train", train.train_command, train.EXAMPLES)
-    add("inspect", inspection.inspect_command, inspection.EXAMPLES)
-    add("generate", generate.generate_command, generate.EXAMPLES)
-    add("evaluate", evaluate.evaluate_command, evaluate.EXAMPLES)
-    add("prune", prune.prune_command, prune.EXAMPLES)
-    add("upcycle", upcycle.upcycle_command, upcycle.EXAMPLES)
-    add("graft", graft.graft_command, graft.EXAMPLES)
-    add("unlearn", unlearn.unlearn_command, unlearn.EXAMPLES)
-    add("adapt", adapt.adapt_command, adapt.EXAMPLES)
-    add("merge-adapter", adapt.merge_command, adapt.MERGE_EXAMPLES)
-    add("systems", systems.systems_command, systems.SYSTEMS_EXAMPLES)
-    benches = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+    benches = typer.Typer(cls=Benches, help="Measure speed on this machine.", no_args_is_help=True)
     app.add_typer(benches, name="bench")
-    add("layer", bench.layer_command, bench.EXAMPLES, benches)
-    add("reproduce", systems.reproduce_command, systems.REPRODUCE_EXAMPLES)
     return app
-
-
-def _flowing(command: Callable[..., Any]) -> str:
-    """The docstring with a line a paragraph, which help pages wrap at their own width."""
-    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def main() -> None:
     """Run the command; a user's mistake ends with one sentence and exit code 2."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # the commands have their own
-    set_verbosity_error()  # type: ignore[no-untyped-call]  # what matters of it, we say ourselves
     try:
         build()(prog_name="moekit")
     except KeyboardInterrupt:

@@ -21,7 +21,7 @@ from moekit.compare.model import ModelSpec
 from moekit.compare.record import RunRecord, write_json
 from moekit.compare.survey import survey
 from moekit.data import PackedDataset, TextData
-from moekit.errors import CheckpointError
+from moekit.errors import CheckpointError, first_line
 from moekit.layer import MoE
 from moekit.measure import (
     ExpertPhaseResult,
@@ -156,12 +156,6 @@ def load_trained(place: RunPlace, device: str) -> MoEDecoderForCausalLM:
             f"delete {place.folder} to run it again"
         ) from None
     return on_device(model, device)
-
-
-def first_line(error: Exception) -> str:
-    """What a foreign error says, in a line."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def on_device(model: MoEDecoderForCausalLM, device: str) -> MoEDecoderForCausalLM:

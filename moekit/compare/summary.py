@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from moekit.compare.record import RunRecord
 from moekit.measure import ExpertPhaseResult
@@ -36,7 +36,7 @@ class Spread:
         if len(values) < 2:
             return cls(values[0], None, None)
         deviation = statistics.stdev(values)
-        quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+        quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))  # Student's t
         return cls(
             statistics.fmean(values), deviation, quantile * deviation / math.sqrt(len(values))
         )

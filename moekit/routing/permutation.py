@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moekit.errors import DivergedError, SpecError
@@ -73,6 +72,9 @@ def best_assignment(value_EE: Tensor) -> Tensor:
         raise DivergedError(
             "the learned permutation is not finite; training has diverged: lower the learning rate"
         )
+    # Imported here, as it takes a quarter of the time that all of moekit takes.
+    from scipy.optimize import linear_sum_assignment
+
     _, column_E = linear_sum_assignment(value_EE.detach().double().cpu().numpy(), maximize=True)
     return torch.as_tensor(column_E, dtype=torch.int64, device=value_EE.device)
 
