@@ -71,8 +71,8 @@ def layer_command(
 
     All contenders take turns on the same weights, tokens and routing. The report has medians,
     ratios, the share of this machine's measured limits, and memory. Without --whole everyone is
-    given the routing. Run it on a machine that does
-    nothing else; a grid of large layers needs about 10 GB of memory.
+    given the routing. Run it on a machine that does nothing else; a grid of large layers needs
+    about 10 GB of memory.
     """
     where = torch.device(opt.device_of(device))
     shapes = _shapes(quick, tokens, experts, k, width, hidden, _dtypes(dtypes), where.type)
@@ -90,7 +90,8 @@ def layer_command(
     zero, merged = ([], []) if tokens else _banks(quick, where, repeats, seed)
     found = results(timings, zero, merged, machine(str(where)))
     write_json(output / "layer.json", found)
-    page = report(timings, zero, merged, machine(str(where)), "moekit bench layer")
+    command = "moekit bench layer --whole" if whole else "moekit bench layer"
+    page = report(timings, zero, merged, machine(str(where)), command)
     page.write(output / "report.html")
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
