@@ -33,6 +33,7 @@ from moekit.measure.tokens import (
     TypeUse,
     token_routing,
 )
+from moekit.measure.whole_layer_bench import WholeLayerBench
 from moekit.measure.zero_computation_bench import ZeroComputationTiming, time_zero_computation
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "TokenRouting",
     "TokenUse",
     "TypeUse",
+    "WholeLayerBench",
     "ZeroComputationTiming",
     "alternating",
     "compare_expert_phase",
