@@ -83,7 +83,8 @@ def test_it_starts_as_the_dense_model(config, k: int) -> None:
 
 @EVERY
 def test_it_is_an_ordinary_checkpoint_that_trains(config, tmp_path: Path) -> None:
-    grown = upcycle_dense(dense_of(config), Upcycling(experts=4, k=2))
+    """Partly drawn anew: among experts that are all alike a router's gradient is 0."""
+    grown = upcycle_dense(dense_of(config), Upcycling(experts=4, k=2, reinit=0.5))
     grown.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(again) is type(grown)
@@ -92,7 +93,7 @@ def test_it_is_an_ordinary_checkpoint_that_trains(config, tmp_path: Path) -> Non
     token_BT = torch.arange(12).view(2, 6)
     again(input_ids=token_BT, labels=token_BT).loss.backward()
     for view in block_views(again):
-        assert bool(view.block.gate.weight.grad.any())
+        assert float(view.block.gate.weight.grad.abs().max()) > 1e-6  # 5e-8 by rounding alone
     out = again.eval().generate(token_BT, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape == (2, 9)
 
