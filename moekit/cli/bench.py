@@ -32,6 +32,9 @@ EXAMPLES = """\
 ONE_LAYER = {"experts": 32, "k": 4, "width": 512, "hidden": 512}  # if --tokens says no more
 # MEO's rows, on a CPU.
 MERGED = {True: Sizes(128, 256, 4, 128), False: Sizes(512, 1024, 8, 128)}
+Experts = Annotated[int, typer.Option(help="Experts of that layer.", max=opt.LARGEST)]
+TopK = Annotated[int, typer.Option("--k", help="Experts a token.")]
+Hidden = Annotated[int, typer.Option(help="Hidden width of each expert.", max=opt.LARGEST)]
 MODES = {"forward": (False,), "training": (True,), "both": (False, True)}
 
 
@@ -43,10 +46,10 @@ def layer_command(
         str | None,
         typer.Option(help="Rows, comma-separated, of one layer; nothing else is timed."),
     ] = None,
-    experts: opt.Experts = ONE_LAYER["experts"],
-    k: opt.TopKOption = ONE_LAYER["k"],
+    experts: Experts = ONE_LAYER["experts"],
+    k: TopK = ONE_LAYER["k"],
     width: opt.Width = ONE_LAYER["width"],
-    hidden: opt.Hidden = ONE_LAYER["hidden"],
+    hidden: Hidden = ONE_LAYER["hidden"],
     dtypes: Annotated[
         str, typer.Option(help="Comma-separated: float32, bfloat16, float16.")
     ] = "float32,bfloat16",

@@ -49,5 +49,5 @@ def queue_positions(place_R: Tensor, order_R: Tensor, places: int) -> Tensor:
 
 
 def is_here(ids: Tensor) -> bool:
-    """Whether the numbers can be looked at: on the CPU, and by nobody else."""
+    """Whether the numbers can be looked at: on the CPU, where operations on them just run."""
     return ids.is_cpu and type(ids) is Tensor and not watched()
