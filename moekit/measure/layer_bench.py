@@ -136,14 +136,14 @@ class LayerBench:
         return [*self.bank.parameters(), *self.dense]
 
     def contenders(self, training: bool, names: Iterable[str] | None = None) -> dict[str, Run]:
-        """What is compared, by name; each maps tokens (N, D) and weights (N, K) to outputs."""
+        """What is compared, by name; each maps tokens (N, D) and weights (N, K) to outputs.
+
+        Backends of transformers that a shape rules out are not among them.
+        """
         here = ("auto", *BACKENDS.get(self.device.type, ("grouped_mm", "loop")))
         found = {name: self._ours(backend) for name, backend in OURS.items() if backend in here}
-        copied = self.shape.tokens * self.shape.k * self.shape.weight_bytes
-        for name, backend in THEIRS.items():
-            if backend != "batched_mm" or copied <= LARGEST_COPY:
-                found[name] = self._theirs(backend)
-        if training:
+        found |= {name: self._theirs(b) for name, b in THEIRS.items() if self._takes(b)}
+        if training and self._takes("grouped_mm"):
             found[RECOMPUTED] = self._recomputed
         found |= self._peers()
         found[DENSE] = self._dense
@@ -266,6 +266,12 @@ class LayerBench:
             return y_ND
 
         return run
+
+    def _takes(self, backend: str) -> bool:
+        """Whether a backend of transformers runs at this shape, and within a bounded memory."""
+        copied = self.shape.tokens * self.shape.k * self.shape.weight_bytes
+        ruled_out = {"batched_mm": copied > LARGEST_COPY, "grouped_mm": not self.shape.aligned}
+        return not ruled_out.get(backend, False)
 
     def _peers(self) -> dict[str, Run]:
         peer = scattermoe(self.bank, self.expert_NK) if self.device.type == "cuda" else None

@@ -34,6 +34,12 @@ class LayerShape:
         """Bytes of one expert's weights."""
         return 3.0 * self.width * self.hidden * getattr(torch, self.dtype).itemsize
 
+    @property
+    def aligned(self) -> bool:
+        """Whether rows of both widths are multiples of 16 bytes, as torch's grouped_mm wants."""
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return all(size * itemsize % 16 == 0 for size in (self.width, self.hidden))
+
     def __str__(self) -> str:
         return (
             f"N={self.tokens} E={self.experts} k={self.k} "

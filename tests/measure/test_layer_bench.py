@@ -99,6 +99,19 @@ def test_a_copy_of_every_weight_is_left_out_where_it_would_fill_the_memory() -> 
     assert "transformers batched_mm" not in LayerBench(large, CPU).contenders(training=False)
 
 
+@pytest.mark.parametrize("sizes", [(10, 24), (16, 6)])
+def test_transformers_grouped_mm_is_left_out_where_it_stops_with_an_error(
+    sizes: tuple[int, int],
+) -> None:
+    bench = LayerBench(LayerShape(3, 4, 2, *sizes), CPU)
+    found = bench.contenders(training=True)
+    assert {"transformers eager", "transformers batched_mm", "moekit grouped_mm"} <= set(found)
+    assert not {"transformers grouped_mm", RECOMPUTED} & set(found)
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        bench._theirs("grouped_mm")(bench.x_ND, bench.weight_NK)
+    assert set(_time(bench, training=True, repeats=1).seconds) == set(found)
+
+
 def test_a_timing_says_what_was_kept_and_which_limit_binds() -> None:
     bench = LayerBench(SHAPE, CPU)
     timing = _time(bench, training=True, repeats=1)
