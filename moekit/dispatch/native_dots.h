@@ -67,14 +67,15 @@ inline Four sums(const Vector* four) {
 #endif
 }
 
-// A part of a sum, elements `first` to `last`, over weights that lie `ld` apart; meanwhile what is
-// at `ahead` is asked for, in steps of so many bytes.
+// A part of a sum, elements `first` to `last`, over weights that lie `ld` apart, with results that
+// lie `apart` from each other; meanwhile what is at `ahead` is asked for, in steps of so many bytes.
 template <class W>
 struct Dots {
   const W* weight;
   Size ld, first, last;
-  const char* ahead;
-  Size step;
+  Size apart = 1;
+  const char* ahead = nullptr;
+  Size step = 0;
 };
 
 // Adds to out[m][v], a BLOCK a row, the elements from `first` on, too few for a step.
@@ -83,7 +84,21 @@ void add_rest(int m, int v, const T* const* rows, const Dots<W>& part, Size firs
   for (int i = 0; i < m; ++i)
     for (int j = 0; j < v; ++j)
       for (Size k = first; k < part.last; ++k)
-        out[i * BLOCK<T> + j] += number(rows[i][k]) * number(part.weight[j * part.ld + k]);
+        out[i * BLOCK<T> + j * part.apart] += number(rows[i][k]) * number(part.weight[j * part.ld + k]);
+}
+
+// Four results, added to what is there or not.
+inline void put(Four four, bool added, Size apart, float* to) {
+  if (apart > 1) {
+    for (int i = 0; i < 4; ++i) to[i * apart] = four[i] + (added ? to[i * apart] : 0.f);
+    return;
+  }
+  if (added) {
+    Four before;
+    std::memcpy(&before, to, sizeof before);
+    four += before;
+  }
+  std::memcpy(to, &four, sizeof four);
 }
 
 // out[m][v] (+)= row m · weight v, for M rows and V weights; from the second part of a sum on it is
@@ -108,32 +123,23 @@ KERNEL dots(const T* const* rows, const Dots<W>& part, float* out) {
     float* to = out + m * BLOCK<T>;
     if constexpr (V % 4 == 0) {
       UNROLLED (int v = 0; v < V; v += 4) {
-        Four four = sums(total[m] + v);
-        if (part.first) {
-          Four before;
-          std::memcpy(&before, to + v, sizeof before);
-          four += before;
-        }
-        std::memcpy(to + v, &four, sizeof four);
+        put(sums(total[m] + v), part.first > 0, part.apart, to + v * part.apart);
       }
     } else {
-      UNROLLED (int v = 0; v < V; ++v) to[v] = sum(total[m][v]) + (part.first ? to[v] : 0.f);
+      UNROLLED (int v = 0; v < V; ++v) {
+        float& result = to[v * part.apart];
+        result = sum(total[m][v]) + (part.first ? result : 0.f);
+      }
     }
   }
   if (k < part.last) add_rest(M, V, rows, part, k, out);
 }
 
-// The same for `m` rows, DOT_ROWS at most.
-template <int V, int FETCH, class T, class W>
+// The same for `m` rows, of M and up to as many as there are accumulators for.
+template <int V, int FETCH, int M = 1, class T, class W>
 void one_pass(Size m, const T* const* rows, const Dots<W>& part, float* out) {
-  if (m == 1) return dots<1, V, FETCH>(rows, part, out);
-  if (m == 2) return dots<2, V, FETCH>(rows, part, out);
-  if (m == 3) return dots<3, V, FETCH>(rows, part, out);
-  if constexpr (DOT_ROWS > 3) {
-    if (m == 4) return dots<4, V, FETCH>(rows, part, out);
-    if (m == 5) return dots<5, V, FETCH>(rows, part, out);
-    if (m == 6) return dots<6, V, FETCH>(rows, part, out);
-  }
+  if (m == M) return dots<M, V, FETCH>(rows, part, out);
+  if constexpr (M < DOT_ROWS && (M + 1) * V <= TILE) one_pass<V, FETCH, M + 1>(m, rows, part, out);
 }
 
 // Lines of the cache that V weights fill in a step.
@@ -154,7 +160,7 @@ void passes(Size m, const T* const* rows, const W* weight, Size ld, Size depth, 
     const Size bytes = V * (last - first) * sizeof(W);
     const char* ahead = reinterpret_cast<const char*>(next + V * first);
     for (Size i = 0, pass = 0; i < m; i += some, ++pass) {
-      const Dots<W> part = {weight, ld, first, last, ahead + bytes * pass / count, step};
+      const Dots<W> part = {weight, ld, first, last, 1, ahead + bytes * pass / count, step};
       const Size rest = std::min(some, m - i);
       float* to = out + i * BLOCK<T>;
       if (count > 1) {
@@ -166,30 +172,34 @@ void passes(Size m, const T* const* rows, const W* weight, Size ld, Size depth, 
   }
 }
 
-// The dots of few rows with eight weights. Where these are turned into another type, the CPU looks
-// less far ahead by itself.
-template <int M, class T, class W>
-void eight_dots(const T* const* rows, const W* weight, Size ld, Size depth, const W* next,
-                float* out) {
-  constexpr Size step = 8 * Steps<T>::WIDTH * sizeof(W);
-  const Dots<W> part = {weight, ld, 0, depth, reinterpret_cast<const char*>(next), step};
-  dots<M, 8, std::is_same_v<T, W> ? 0 : LINES<8, T, W>>(rows, part, out);
+// The dots of rows, TILE / V at most, with the first weights of V parts, the second ones, and so on;
+// returns how many weights this are. They pass by once, from memory: a CPU reads ahead where a few
+// streams each run on for long, and little where rows that lie side by side are read at once.
+template <int V, class T, class W>
+Size streams(Size m, const T* const* rows, const W* weight, Size ld, Size count, Size depth,
+             float* out) {
+  const Size apart = count / V;
+  for (Size v = 0; v < apart; ++v)
+    one_pass<V, 0>(m, rows, Dots<W>{weight + v * ld, apart * ld, 0, depth, apart}, out + v);
+  return apart * V;
 }
+
+// Bytes of weights from which on a stream is long.
+constexpr Size LONG = 2048;
 
 // The dots of m rows with `count` weights, at most a BLOCK of them. Those at `after` will be next.
 template <class T, class W>
 void dots_of(Size m, const T* const* rows, const W* weight, Size ld, Size count, Size depth,
              const W* after, float* out) {
   const auto next = [&](Size v) { return v < count ? weight + v * ld : after; };
+  const bool by_eight = m * 8 <= TILE;
   Size v = 0;
-  if (m * 8 <= TILE)
-    for (; v + 8 <= count; v += 8) {
-      if (m == 1) eight_dots<1>(rows, weight + v * ld, ld, depth, next(v + 8), out + v);
-      if constexpr (TILE == 24) {
-        if (m == 2) eight_dots<2>(rows, weight + v * ld, ld, depth, next(v + 8), out + v);
-        if (m == 3) eight_dots<3>(rows, weight + v * ld, ld, depth, next(v + 8), out + v);
-      }
-    }
+  if (m <= DOT_ROWS && count / 8 * depth * Size(sizeof(W)) >= LONG) {
+    if (by_eight) v = streams<8>(m, rows, weight, ld, count, depth, out);
+    v += streams<4>(m, rows, weight + v * ld, ld, count - v, depth, out + v);
+  }
+  for (; by_eight && v + 8 <= count; v += 8)
+    passes<8>(m, rows, weight + v * ld, ld, depth, next(v + 8), out + v);
   for (; v + 4 <= count; v += 4)
     passes<4>(m, rows, weight + v * ld, ld, depth, next(v + 4), out + v);
   for (; v < count; ++v) passes<1>(m, rows, weight + v * ld, ld, depth, next(v + 1), out + v);

@@ -47,6 +47,7 @@ LARGER = {
     "rows in fresh memory": Problem(tokens=4200, experts=16, k=16, width=128, hidden=8),
     "sums in parts": Problem(tokens=40, experts=3, width=1300, hidden=1100, bias=True, seed=7),
     "one wide row an expert": Problem(tokens=4, experts=16, k=1, width=1030, hidden=520, seed=3),
+    "up to seven wide rows": Problem(tokens=48, experts=16, k=1, width=1030, hidden=515, seed=10),
 }
 EVERY_DTYPE = pytest.mark.parametrize(
     "dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch.")
