@@ -15,6 +15,7 @@ from moekit.dispatch.backend import Backend
 from moekit.dispatch.few_rows import FEW, FewRows
 from moekit.dispatch.grouped import Grouped
 from moekit.dispatch.native_backend import Native
+from moekit.dispatch.native_grouped import NativeGrouped
 from moekit.dispatch.native_library import library
 from moekit.dispatch.plan import Plan
 from moekit.dispatch.streamed import Streamed
@@ -30,6 +31,10 @@ BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "t
 # element; where neither, up to so many rows an expert, fewer where a backward pass follows.
 NATIVE_IN_HALF = 128
 NATIVE_IN_HALF_TRAINING = 32
+# Experts that they run one product after the other keep all rows between these in memory: up to so
+# many rows an expert, on a CPU with AVX2 alone, without and with a backward pass, and on others,
+# where torch's products are no slower once weights need not be waited for.
+GROUPED, GROUPED_TRAINING, GROUPED_ELSEWHERE = 64, 256, 32
 # Elsewhere: elements of an expert's first weight, and the same times its rows, which is a third of
 # its multiply-adds for gated experts.
 SMALL_EXPERT = 2**16
@@ -111,7 +116,9 @@ def _asked_native(x_ND: Tensor, bank: FeedForward) -> Backend:
             f"backend='native' was asked for on {x_ND.device}; it needs a CPU, Linux and a C++ "
             "compiler that is found as CXX, g++ or clang++; use backend='auto'"
         )
-    return Native() if Native.takes(x_ND, bank) else Streamed()
+    if Native.takes(x_ND, bank):
+        return Native()
+    return NativeGrouped() if NativeGrouped.takes(x_ND, bank) else Streamed()
 
 
 def _asked_triton(x_ND: Tensor, dtype: torch.dtype) -> Backend:
@@ -158,6 +165,8 @@ def _fastest(x_ND: Tensor, plan: Plan, bank: FeedForward, dtype: torch.dtype) ->
     whole = dtype in (torch.float32, torch.float64)
     if _native_ahead(x_ND, bank, rows_an_expert, whole) and Native.takes(x_ND, bank):
         return Native()
+    if _grouped_ahead(x_ND, bank, rows_an_expert, whole) and NativeGrouped.takes(x_ND, bank):
+        return NativeGrouped()
     if whole and rows_an_expert <= FEW and inner * width >= SMALL_EXPERT:
         return FewRows()
     little = LITTLE_WORK if whole else LITTLE_WORK_IN_HALF
@@ -172,6 +181,13 @@ def _native_ahead(x_ND: Tensor, bank: FeedForward, rows_an_expert: float, whole:
     if not training and rows_an_expert <= NATIVE_IN_HALF:
         return True
     return Native.in_pairs(bank, rows_an_expert, training)
+
+
+def _grouped_ahead(x_ND: Tensor, bank: FeedForward, rows_an_expert: float, whole: bool) -> bool:
+    """The same for the kernels that experts of other kinds run through."""
+    if not _avx2_alone():
+        return rows_an_expert <= GROUPED_ELSEWHERE
+    return not whole or rows_an_expert <= (GROUPED_TRAINING if _trains(x_ND, bank) else GROUPED)
 
 
 def _avx2_alone() -> bool:

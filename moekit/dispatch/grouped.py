@@ -33,6 +33,12 @@ class Grouped(Backend):
         """The grouped product, outside autograd."""
         return groups.product(rows_RI, weight_EOI)
 
+    def weight_gradient(
+        self, groups: RowGroups, grad_RO: Tensor, rows_RI: Tensor, weight_EOI: Tensor
+    ) -> Tensor:
+        """The gradient (E, O, I) of the weight of a :meth:`product`."""
+        return groups.weight_gradient(grad_RO, rows_RI)
+
     def forward(
         self, x_ND: Tensor, plan: Plan, bank: FeedForward, keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
@@ -67,7 +73,9 @@ class Grouped(Backend):
             found = found._replace(weight_NK=slot_gradient(grad_R, plan))
         if wanted.down:
             scaled_RH = torch.mul(outer_RH, weight_R1, out=torch.empty_like(outer_RH))
-            found = found._replace(down_EOH=groups.weight_gradient(rows_RO, scaled_RH))
+            found = found._replace(
+                down_EOH=self.weight_gradient(groups, rows_RO, scaled_RH, bank.down_EOH)
+            )
         if wanted.down_bias:
             scaled_RO = rows_RO * weight_R1.to(rows_RO.dtype)
             found = found._replace(down_bias_EO=per_expert(scaled_RO, plan))
@@ -88,7 +96,9 @@ class Grouped(Backend):
         groups = plan.groups
         if wanted.up:
             rows_RD = x_ND.index_select(0, plan.token_R)
-            found = found._replace(up_EJD=groups.weight_gradient(back_RJ, rows_RD))
+            found = found._replace(
+                up_EJD=self.weight_gradient(groups, back_RJ, rows_RD, bank.up_EJD)
+            )
         if wanted.up_bias:
             found = found._replace(up_bias_EJ=per_expert(back_RJ, plan))
         if wanted.x:

@@ -3,7 +3,6 @@ rows."""
 
 from __future__ import annotations
 
-import mmap
 from typing import ClassVar
 
 import torch
@@ -12,18 +11,19 @@ from torch import Tensor
 from moekit.autocast import common_dtype
 from moekit.dispatch.backend import Backend, Gradients, Wanted
 from moekit.dispatch.grouped import per_expert
-from moekit.dispatch.native_library import DTYPES, FIELDS, KernelCall, library, packed
+from moekit.dispatch.native_library import (
+    DTYPES,
+    FIELDS,
+    ONE_THREAD,
+    KernelCall,
+    library,
+    packed,
+)
 from moekit.dispatch.plan import Plan
 from moekit.experts.activation import GatedSiLU
 from moekit.experts.experts import FeedForward
 
-# Work, in multiply-adds, below which one thread is done before a second one is awake.
-ONE_THREAD = 2**20
-ONE_THREAD_WRITES = 2**18  # bytes of gradients, likewise
 MUCH_WORK = 2**27  # of an expert's first product, on 16 cores of a Xeon
-# Bytes of gradients from which on their memory is fresh from the system each time, whoever asks
-# for it, so that pages of experts without rows need never be touched.
-FRESH = 2**26
 
 
 class Native(Backend):
@@ -87,14 +87,14 @@ class Native(Backend):
         grad_NK = call.room("grad_NK", *plan.weight_NK.shape)
         found = Gradients()
         asked = ((bank.up_EJD, wanted.up), (bank.down_EOH, wanted.down))
-        call.expect_gradients(sum(weight.nbytes for weight, wants in asked if wants), plan)
+        call.expect_gradients(sum(weight.nbytes for weight, wants in asked if wants), plan.groups)
         if wanted.x:
             grad_x_ND = call.room("grad_x_ND", *x_ND.shape, dtype=x_ND.dtype)
             found = found._replace(x_ND=grad_x_ND)
         if wanted.up:
-            found = found._replace(up_EJD=call.gradient("grad_up_EJD", bank.up_EJD))
+            found = found._replace(up_EJD=call.gradient("grad_up_EJD", *bank.up_EJD.shape))
         if wanted.down:
-            found = found._replace(down_EOH=call.gradient("grad_down_EOH", bank.down_EOH))
+            found = found._replace(down_EOH=call.gradient("grad_down_EOH", *bank.down_EOH.shape))
         call.run("backward")
         return self._others(found, plan, bank, wanted, grad_NK, kept)
 
@@ -166,32 +166,6 @@ class NativeCall(KernelCall):
         if bank.down_bias_EO is not None:
             self.give("down_bias_EO", bank.down_bias_EO.contiguous())
 
-    def room(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory for a result or a stage on the way to it."""
-        tensor = torch.empty(shape, dtype=dtype)
-        self.give(name, tensor)
-        return tensor
-
-    def expect_gradients(self, size: int, plan: Plan) -> None:
-        """Prepare for gradients of weights of so many bytes, which several threads write if large.
-
-        Where most experts have no rows, their pages come zeroed from the system when, and if, they
-        are read.
-        """
-        if size >= ONE_THREAD_WRITES:
-            self.fields["threads"] = torch.get_num_threads()
-        if size >= FRESH:
-            used = int((plan.groups.count_E > 0).sum())
-            self.fields["cleared"] = 2 * used < self.fields["experts"]
-
-    def gradient(self, name: str, like: Tensor) -> Tensor:
-        """Memory for a weight's gradient."""
-        if not self.fields["cleared"]:
-            return self.room(name, *like.shape, dtype=like.dtype)
-        tensor = untouched(like)
-        self.give(name, tensor)
-        return tensor
-
     def ask_for_pairs(self) -> bool:
         """Let a backward pass run in pairs of bfloat16 where it can; whether it does."""
         if self.dtype != torch.bfloat16:
@@ -201,13 +175,3 @@ class NativeCall(KernelCall):
         found = kernels.moekit_runs_in_pairs(packed(self.fields))
         self.fields["in_pairs"] = found
         return bool(found)
-
-
-def untouched(like: Tensor) -> Tensor:
-    """Zeros of a tensor's shape and dtype, in pages that the system makes when they are touched.
-
-    Not by numpy, whose zeros ask for large pages: the system then moves memory about to find them,
-    which was slower than all else after other work.
-    """
-    pages = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)

@@ -10,6 +10,51 @@ namespace {
 constexpr Size HEIGHT = 192;  // rows of a gradient in an item of work
 constexpr Size CHUNK = 512;   // columns, likewise
 
+// out[m][c] (+)= Σ_j values[m][j] b[j][c] for four rows of b that lie `apart`.
+template <int M, class B>
+KERNEL add_four(const float (*values)[4], const B* b, Size apart, Size columns,
+                const Result<float>& out) {
+  Vector value[M][4];
+  UNROLLED (int m = 0; m < M; ++m)
+    UNROLLED (int j = 0; j < 4; ++j) value[m][j] = splat(values[m][j]);
+  each_vector(columns, [&](Size c, Size count) {
+    Vector row[4];
+    UNROLLED (int j = 0; j < 4; ++j) row[j] = load_some(b + j * apart + c, count);
+    UNROLLED (int m = 0; m < M; ++m) {
+      float* const to = out.data + m * out.ld + c;
+      Vector total = out.add ? load_some(to, count) : Vector{};
+      UNROLLED (int j = 0; j < 4; ++j) total += value[m][j] * row[j];
+      store_some(to, total, count);
+    }
+  });
+}
+
+// out (+)= values b for m rows, some at a time.
+template <class B>
+void add_four_to(Size m, const float (*values)[4], const B* b, Size apart, Size columns,
+                 Result<float> out) {
+  for (; m >= 3; m -= 3, values += 3, out.data += 3 * out.ld)
+    add_four<3>(values, b, apart, columns, out);
+  if (m == 2) add_four<2>(values, b, apart, columns, out);
+  if (m == 1) add_four<1>(values, b, apart, columns, out);
+}
+
+// out = left b for m rows, fewer than STRIP_ROWS: the first rows of four parts of b, the second
+// ones, and so on, so that b passes by as four long streams, which a CPU reads ahead of. Returns how
+// many rows of b this are.
+template <class B>
+Size four_streams(Size m, const float* left, Size left_ld, const B* b, Size ld, Size columns,
+                  Size depth, const Result<float>& out) {
+  const Size apart = depth / 4;
+  float values[STRIP_ROWS][4];
+  for (Size k = 0; k < apart; ++k) {
+    for (Size i = 0; i < m; ++i)
+      for (Size j = 0; j < 4; ++j) values[i][j] = left[i * left_ld + k + j * apart];
+    add_four_to(m, values, b + k * ld, apart * ld, columns, {out.data, out.ld, k > 0});
+  }
+  return 4 * apart;
+}
+
 // out = rows W. A weight matrix of few rows is read where it lies.
 template <class T>
 void back_products(const Groups& groups, const Matrix& rows, const Stack<T>& weight,
@@ -17,7 +62,11 @@ void back_products(const Groups& groups, const Matrix& rows, const Stack<T>& wei
   const Size depth = rows.columns, columns = out.columns;
   const auto few = [&](Size e, Size first, Size last) {
     if (groups.rows(e) >= STRIP_ROWS) return;
-    for (Size k = 0; k < depth; k += SHALLOW)
+    const Size start = groups.start[e];
+    const Result<float> to = {out.row(start) + first, out.ld, false};
+    const Size done = four_streams(groups.rows(e), rows.row(start), rows.ld,
+                                   weight.row(e, 0) + first, weight.ld, last - first, depth, to);
+    for (Size k = done; k < depth; k += SHALLOW)
       for (Size r = groups.start[e]; r < groups.start[e + 1]; r += ROWS) {
         const Size m = std::min<Size>(groups.start[e + 1] - r, ROWS);
         const Pointers<ROWS> left(m, rows.row(r), rows.ld);

@@ -12,6 +12,7 @@
 #include "native_combine.h"
 #include "native_direct.h"
 #include "native_gradients.h"
+#include "native_grouped.h"
 #include "native_products.h"
 
 #include <numeric>
@@ -303,6 +304,11 @@ void moekit_add_direct_float32(const DirectCall* call) { add_direct<float>(*call
 void moekit_add_direct_bfloat16(const DirectCall* call) { add_direct<bfloat16>(*call); }
 void moekit_direct_backward_float32(const DirectCall* call) { direct_backward<float>(*call); }
 void moekit_direct_backward_bfloat16(const DirectCall* call) { direct_backward<bfloat16>(*call); }
+
+void moekit_product_float32(const GroupedCall* call) { grouped_product<float>(*call); }
+void moekit_product_bfloat16(const GroupedCall* call) { grouped_product<bfloat16>(*call); }
+void moekit_gradient_float32(const GroupedCall* call) { grouped_gradient<float>(*call); }
+void moekit_gradient_bfloat16(const GroupedCall* call) { grouped_gradient<bfloat16>(*call); }
 
 // Whether the backward pass of this call can run in pairs, and has the rows for which that pays.
 int moekit_runs_in_pairs(const Call* call) {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import math
+import mmap
 import os
 import shutil
 import struct
@@ -19,17 +21,19 @@ from torch import Tensor
 
 from moekit.cache import cached, default_cache
 from moekit.errors import OutputError
+from moekit.experts.groups import RowGroups
 
 SOURCE = Path(__file__).with_name("native_kernels.cpp")
 PARTS = (
     *("vectors", "dots", "tiles", "pairs", "groups", "products", "gradients", "call", "combine"),
-    "direct",
+    *("direct", "grouped"),
 )
 HEADERS = [SOURCE.with_name(f"native_{part}.h") for part in PARTS]
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
     *("-fno-math-errno", "-ffp-contract=fast", "-w"),
 )
+KERNELS = ("forward", "backward", "add_direct", "direct_backward", "product", "gradient")
 NAME = "kernels.so"
 PATIENCE = 120.0  # seconds; it takes 3 to 10
 
@@ -47,6 +51,13 @@ FIELDS = (
     *("grad_RO", "back_RJ", "grad_NK", "grad_x_ND", "grad_up_EJD", "grad_down_EOH"),
 )
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of all operands
+
+# Work, in multiply-adds, below which one thread is done before a second one is awake.
+ONE_THREAD = 2**20
+ONE_THREAD_WRITES = 2**18  # bytes of gradients, likewise
+# Bytes of gradients from which on their memory is fresh from the system each time, whoever asks
+# for it, so that pages of experts without rows need never be touched.
+FRESH = 2**26
 
 
 def packed(fields: dict[str, int]) -> bytes:
@@ -80,11 +91,48 @@ class KernelCall:
         self.give(name, rows)
         self.fields[stride] = step
 
+    def room(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for a result or a stage on the way to it."""
+        tensor = torch.empty(shape, dtype=dtype)
+        self.give(name, tensor)
+        return tensor
+
+    def expect_gradients(self, size: int, groups: RowGroups) -> None:
+        """Prepare for gradients of weights of so many bytes, which several threads write if large.
+
+        Where most experts have no rows, their pages come zeroed from the system when, and if, they
+        are read.
+        """
+        if size >= ONE_THREAD_WRITES:
+            self.fields["threads"] = torch.get_num_threads()
+        if size >= FRESH:
+            used = int((groups.count_E > 0).sum())
+            self.fields["cleared"] = 2 * used < self.fields["experts"]
+
+    def gradient(self, name: str, *shape: int) -> Tensor:
+        """Memory for a weight's gradient."""
+        if not self.fields["cleared"]:
+            return self.room(name, *shape, dtype=self.dtype)
+        tensor = untouched(shape, self.dtype)
+        self.give(name, tensor)
+        return tensor
+
     def run(self, name: str) -> None:
         """Run a kernel."""
         kernels = library()
         assert kernels is not None  # who makes a call has looked
         getattr(kernels, f"moekit_{name}_{DTYPES[self.dtype]}")(packed(self.fields))
+
+
+def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros, in pages that the system makes when they are touched.
+
+    Not by numpy, whose zeros ask for large pages: the system then moves memory about to find them,
+    which was slower than all else after other work.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @cache
@@ -158,7 +206,7 @@ def _cpu() -> str:
 
 def _opened(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
-    for name in ("forward", "backward", "add_direct", "direct_backward"):
+    for name in KERNELS:
         for dtype in ("float32", "bfloat16"):
             function: Any = getattr(found, f"moekit_{name}_{dtype}")
             function.argtypes, function.restype = [ctypes.c_char_p], None

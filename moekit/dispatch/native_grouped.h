@@ -1,0 +1,158 @@
+// Products of rows that are sorted by expert with weights in either layout, and the gradients of
+// these weights: for experts of any kind, between whose products others compute.
+
+#pragma once
+
+#include "native_gradients.h"
+#include "native_products.h"
+
+#include <vector>
+
+// What Python hands over: FIELDS of moekit/dispatch/native_grouped.py.
+struct GroupedCall {
+  Size threads, experts, rows;
+  const Size* count_E;
+  const void* left_RI;  // rows
+  Size left_ld, left_width;
+  // Weights (E, O, I), whose sum runs along the row or, with `along_result`, across rows (E, I, O).
+  const void* weight;
+  Size weight_expert, weight_ld, along_result;
+  const void* right_RO;  // rows, for gradients (E, I, O)
+  Size right_ld, right_width;
+  void* out;
+  Size cleared;  // whether `out` is zero
+};
+
+namespace {
+
+// Which rows are each expert's.
+class RowLayout {
+ public:
+  explicit RowLayout(const GroupedCall& call) : start_(call.experts + 1) {
+    for (Size e = 0; e < call.experts; ++e) {
+      const Size rows = call.count_E[e], parts = ceil_div(rows, STRETCH);
+      start_[e + 1] = start_[e] + rows;
+      if (rows) used_.push_back(e);
+      if (rows < STRIP_ROWS) continue;
+      for (Size i = 0; i < parts; ++i)
+        stretches_.push_back({e, start_[e] + rows * i / parts, start_[e] + rows * (i + 1) / parts});
+    }
+  }
+  Groups groups() const {
+    return {Size(start_.size()) - 1, Size(used_.size()), start_.data(), used_.data(),
+            Size(stretches_.size()), stretches_.data()};
+  }
+
+ private:
+  std::vector<Size> start_, used_;
+  std::vector<Stretch> stretches_;
+};
+
+// Rows in float32: those that are given, or a copy.
+template <class T>
+class WholeRows {
+ public:
+  WholeRows(const void* given, Size rows, Size columns, Size ld)
+      : given_(static_cast<const T*>(given)), rows_(rows), columns_(columns), ld_(ld),
+        copy_(IS_COPY ? rows * columns : 0) {}
+
+  // By all threads of a region, which must meet afterwards.
+  void fill() const {
+    if (!IS_COPY) return;
+#pragma omp for schedule(static) nowait
+    for (Size r = 0; r < rows_; ++r) copy(given_ + r * ld_, columns_, copy_.get() + r * columns_);
+  }
+  Matrix matrix() const {
+    if constexpr (!IS_COPY) return {const_cast<float*>(given_), columns_, ld_};
+    return {copy_.get(), columns_, columns_};
+  }
+
+ private:
+  static constexpr bool IS_COPY = !std::is_same_v<T, float>;
+  const T* given_;
+  Size rows_, columns_, ld_;
+  Room<float> copy_;
+};
+
+// Results on their way, in float32: where they belong, or to be rounded at the end.
+template <class T>
+class WholeResults {
+ public:
+  WholeResults(void* out, Size rows, Size columns)
+      : out_(static_cast<T*>(out)), rows_(rows), columns_(columns),
+        sums_(IS_COPY ? rows * columns : 0) {}
+
+  Matrix matrix() const {
+    if constexpr (!IS_COPY) return {out_, columns_, columns_};
+    return {sums_.get(), columns_, columns_};
+  }
+  // By all threads of a region, which must have met before.
+  void finish() const {
+    if (!IS_COPY) return;
+#pragma omp for schedule(static)
+    for (Size r = 0; r < rows_; ++r)
+      each_vector(columns_, [&](Size c, Size count) {
+        const Size place = r * columns_ + c;
+        store_some(out_ + place, load_some(sums_.get() + place, count), count);
+      });
+  }
+
+ private:
+  static constexpr bool IS_COPY = !std::is_same_v<T, float>;
+  T* out_;
+  Size rows_, columns_;
+  Room<float> sums_;
+};
+
+// out (R, O) = rows Wᵀ.
+template <class T>
+void grouped_product(const GroupedCall& call) {
+  const RowLayout layout(call);
+  const Groups groups = layout.groups();
+  const Stack<T> weight = {static_cast<const T*>(call.weight), call.weight_expert, call.weight_ld};
+  const Size columns = call.right_width, depth = call.left_width;
+  if (call.along_result) {
+    const WholeRows<T> rows(call.left_RI, call.rows, depth, call.left_ld);
+    const WholeResults<T> results(call.out, call.rows, columns);
+#pragma omp parallel num_threads(call.threads)
+    {
+      rows.fill();
+      meet();
+      back_products(groups, rows.matrix(), weight, results.matrix());
+      meet();
+      results.finish();
+    }
+    return;
+  }
+  const T* rows = static_cast<const T*>(call.left_RI);
+  T* out = static_cast<T*>(call.out);
+#pragma omp parallel num_threads(call.threads)
+  products(
+      groups, [&](Size r) { return rows + r * call.left_ld; }, weight, columns, 0, depth,
+      [&](Size, Size r, Size first, Size size, const float* values, const float*) {
+        each_vector(size, [&](Size i, Size count) {
+          store_some(out + r * columns + first + i, load_some(values + i, count), count);
+        });
+      });
+}
+
+// out (E, I, O) = leftᵀ right over each expert's rows; zero for one without rows, unless the memory
+// is zero.
+template <class T>
+void grouped_gradient(const GroupedCall& call) {
+  const RowLayout layout(call);
+  const Groups groups = layout.groups();
+  const WholeRows<T> left(call.left_RI, call.rows, call.left_width, call.left_ld);
+  const WholeRows<T> right(call.right_RO, call.rows, call.right_width, call.right_ld);
+  T* out = static_cast<T*>(call.out);
+#pragma omp parallel num_threads(call.threads)
+  {
+    left.fill();
+    right.fill();
+    meet();
+    weight_gradient(groups, left.matrix(), right.matrix(), out);
+    if (!call.cleared) clear_unused(groups, call.left_width * call.right_width, out);
+  }
+}
+
+}  // namespace
