@@ -137,9 +137,10 @@ class Dropless(DispatchSpec):
 
     Attributes:
         backend: what runs a bank of feed-forward experts. ``native`` runs kernels of our own on
-            CPUs, compiled at their first use; it and ``auto`` have one for what zero-computation
-            experts add, too. ``streamed`` takes one expert after another, and
-            ``few_rows`` is for a handful of rows an expert, as in decoding; both for CPUs.
+            CPUs, compiled at their first use: SwiGLU in one pass, others product by product. It and
+            ``auto`` have one for what zero-computation experts add, too. ``streamed`` takes one
+            expert after another, and ``few_rows`` is for a handful of rows an expert, as in
+            decoding; both for CPUs.
             ``grouped_mm`` takes all rows at once through ``torch.nn.functional.grouped_mm``, or
             the loop where that does not take the dtype or sizes. ``triton`` runs kernels of our
             own on NVIDIA GPUs, gathers, activation and weighting fused into the products. ``loop``

@@ -22,10 +22,17 @@ class FewRows(Grouped):
 
     name: ClassVar[str] = "few_rows"
 
-    def product(self, groups: RowGroups, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
+    def product(
+        self,
+        groups: RowGroups,
+        rows_RI: Tensor,
+        weight_EOI: Tensor,
+        bias_EO: Tensor | None = None,
+    ) -> Tensor:
         parts = zip(rows_RI.split(groups.sizes), weight_EOI.unbind(0), strict=True)
         outputs = [product(rows, weight) for rows, weight in parts if rows.shape[0]]
-        return torch.cat([rows_RI.new_zeros(0, weight_EOI.shape[1]), *outputs])
+        out_RO = torch.cat([rows_RI.new_zeros(0, weight_EOI.shape[1]), *outputs])
+        return out_RO if bias_EO is None else out_RO.add_(groups.of_row(bias_EO))
 
 
 def product(rows_nI: Tensor, weight_OI: Tensor) -> Tensor:

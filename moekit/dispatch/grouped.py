@@ -29,9 +29,16 @@ class Grouped(Backend):
 
     name: ClassVar[str] = "grouped_mm"
 
-    def product(self, groups: RowGroups, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
-        """The grouped product, outside autograd."""
-        return groups.product(rows_RI, weight_EOI)
+    def product(
+        self,
+        groups: RowGroups,
+        rows_RI: Tensor,
+        weight_EOI: Tensor,
+        bias_EO: Tensor | None = None,
+    ) -> Tensor:
+        """The grouped product, plus the bias of each row's expert, outside autograd."""
+        out_RO = groups.product(rows_RI, weight_EOI)
+        return out_RO if bias_EO is None else out_RO.add_(groups.of_row(bias_EO))
 
     def weight_gradient(
         self, groups: RowGroups, grad_RO: Tensor, rows_RI: Tensor, weight_EOI: Tensor
@@ -43,13 +50,11 @@ class Grouped(Backend):
         self, x_ND: Tensor, plan: Plan, bank: FeedForward, keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
         groups = plan.groups
-        inner_RJ = self.product(groups, x_ND.index_select(0, plan.token_R), bank.up_EJD)
-        if bank.up_bias_EJ is not None:
-            inner_RJ.add_(groups.of_row(bank.up_bias_EJ))
+        rows_RD = x_ND.index_select(0, plan.token_R)
+        inner_RJ = self.product(groups, rows_RD, bank.up_EJD, bank.up_bias_EJ)
         activation = bank.activation if keep else bank.activation.consume
-        out_RO = self.product(groups, activation(inner_RJ), bank.down_EOH)
-        if bank.down_bias_EO is not None:
-            out_RO.add_(groups.of_row(bank.down_bias_EO))
+        outer_RH = activation(inner_RJ)
+        out_RO = self.product(groups, outer_RH, bank.down_EOH, bank.down_bias_EO)
         return _sum(out_RO, plan, weighted=True), [inner_RJ] if keep else []
 
     def backward(

@@ -9,6 +9,7 @@ namespace {
 
 constexpr Size HEIGHT = 192;  // rows of a gradient in an item of work
 constexpr Size CHUNK = 512;   // columns, likewise
+constexpr Size WIDEST = 4096; // the same where weights are read as streams, the longer the faster
 
 // out[m][c] (+)= Σ_j values[m][j] b[j][c] for four rows of b that lie `apart`.
 template <int M, class B>
@@ -39,7 +40,7 @@ void add_four_to(Size m, const float (*values)[4], const B* b, Size apart, Size 
   if (m == 1) add_four<1>(values, b, apart, columns, out);
 }
 
-// out = left b for m rows, fewer than STRIP_ROWS: the first rows of four parts of b, the second
+// out (+)= left b for m rows, fewer than STRIP_ROWS: the first rows of four parts of b, the second
 // ones, and so on, so that b passes by as four long streams, which a CPU reads ahead of. Returns how
 // many rows of b this are.
 template <class B>
@@ -50,20 +51,34 @@ Size four_streams(Size m, const float* left, Size left_ld, const B* b, Size ld, 
   for (Size k = 0; k < apart; ++k) {
     for (Size i = 0; i < m; ++i)
       for (Size j = 0; j < 4; ++j) values[i][j] = left[i * left_ld + k + j * apart];
-    add_four_to(m, values, b + k * ld, apart * ld, columns, {out.data, out.ld, k > 0});
+    add_four_to(m, values, b + k * ld, apart * ld, columns, {out.data, out.ld, out.add || k > 0});
   }
   return 4 * apart;
 }
 
-// out = rows W. A weight matrix of few rows is read where it lies.
+// Columns in an item of work that reads streams: all, but where threads would have nothing to do.
+inline Size stream_width(const Groups& groups, Size columns) {
+  const Size parts = ceil_div(2 * omp_get_num_threads(), std::max<Size>(groups.used_count, 1));
+  const Size some = ceil_div(ceil_div(columns, parts), LANES) * LANES;
+  return std::clamp(some, CHUNK, WIDEST);
+}
+
+// out = rows W, plus a bias (E, columns) where there is one. A weight matrix of few rows is read
+// where it lies.
 template <class T>
 void back_products(const Groups& groups, const Matrix& rows, const Stack<T>& weight,
-                   const Matrix& out) {
+                   const Matrix& out, const T* bias = nullptr) {
   const Size depth = rows.columns, columns = out.columns;
+  const bool biased = bias;
+  const auto begin = [&](Size e, Size start, Size stop, Size first, Size last) {
+    for (Size r = start; biased && r < stop; ++r)
+      copy(bias + e * columns + first, last - first, out.row(r) + first);
+  };
   const auto few = [&](Size e, Size first, Size last) {
     if (groups.rows(e) >= STRIP_ROWS) return;
     const Size start = groups.start[e];
-    const Result<float> to = {out.row(start) + first, out.ld, false};
+    const Result<float> to = {out.row(start) + first, out.ld, biased};
+    begin(e, start, groups.start[e + 1], first, last);
     const Size done = four_streams(groups.rows(e), rows.row(start), rows.ld,
                                    weight.row(e, 0) + first, weight.ld, last - first, depth, to);
     for (Size k = done; k < depth; k += SHALLOW)
@@ -71,20 +86,22 @@ void back_products(const Groups& groups, const Matrix& rows, const Stack<T>& wei
         const Size m = std::min<Size>(groups.start[e + 1] - r, ROWS);
         const Pointers<ROWS> left(m, rows.row(r), rows.ld);
         tiles_of(m, {left.get(), k, 1}, weight.row(e, k) + first, weight.ld, last - first,
-                 std::min(depth - k, SHALLOW), Result<float>{out.row(r) + first, out.ld, k > 0});
+                 std::min(depth - k, SHALLOW),
+                 Result<float>{out.row(r) + first, out.ld, biased || k > 0});
       }
   };
-  each_block(groups.used_count, groups.used, columns, CHUNK, few);
+  each_block(groups.used_count, groups.used, columns, stream_width(groups, columns), few);
   Scratch<float> strips, border;
   const auto many = [&](const Stretch& part, Size first, Size last) {
     const Size e = part.expert, m = part.last - part.first, count = last - first;
     const Pointers<STRETCH> left(m, rows.row(part.first), rows.ld);
     float* const operand = strips.get(WIDTH * DEPTH);
+    begin(e, part.first, part.last, first, last);
     for (Size k = 0; k < depth; k += DEPTH) {
       const Size deep = std::min(depth - k, DEPTH);
       strips_of_rows(weight.row(e, k) + first, weight.ld, count, deep, operand);
       multiply_strips(m, {left.get(), k, 1}, operand, count, deep,
-                      {out.row(part.first) + first, out.ld, k > 0}, border);
+                      {out.row(part.first) + first, out.ld, biased || k > 0}, border);
     }
   };
   each_block(groups.stretch_count, groups.stretch, columns, WIDTH, many);

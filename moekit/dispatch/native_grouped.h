@@ -17,6 +17,7 @@ struct GroupedCall {
   // Weights (E, O, I), whose sum runs along the row or, with `along_result`, across rows (E, I, O).
   const void* weight;
   Size weight_expert, weight_ld, along_result;
+  const void* bias_EO;   // without gaps; null for none
   const void* right_RO;  // rows, for gradients (E, I, O)
   Size right_ld, right_width;
   void* out;
@@ -104,12 +105,13 @@ class WholeResults {
   Room<float> sums_;
 };
 
-// out (R, O) = rows Wᵀ.
+// out (R, O) = rows Wᵀ, plus the bias.
 template <class T>
 void grouped_product(const GroupedCall& call) {
   const RowLayout layout(call);
   const Groups groups = layout.groups();
   const Stack<T> weight = {static_cast<const T*>(call.weight), call.weight_expert, call.weight_ld};
+  const T* bias = static_cast<const T*>(call.bias_EO);
   const Size columns = call.right_width, depth = call.left_width;
   if (call.along_result) {
     const WholeRows<T> rows(call.left_RI, call.rows, depth, call.left_ld);
@@ -118,7 +120,7 @@ void grouped_product(const GroupedCall& call) {
     {
       rows.fill();
       meet();
-      back_products(groups, rows.matrix(), weight, results.matrix());
+      back_products(groups, rows.matrix(), weight, results.matrix(), bias);
       meet();
       results.finish();
     }
@@ -129,9 +131,11 @@ void grouped_product(const GroupedCall& call) {
 #pragma omp parallel num_threads(call.threads)
   products(
       groups, [&](Size r) { return rows + r * call.left_ld; }, weight, columns, 0, depth,
-      [&](Size, Size r, Size first, Size size, const float* values, const float*) {
+      [&](Size e, Size r, Size first, Size size, const float* values, const float*) {
         each_vector(size, [&](Size i, Size count) {
-          store_some(out + r * columns + first + i, load_some(values + i, count), count);
+          Vector value = load_some(values + i, count);
+          if (bias) value += load_some(bias + e * columns + first + i, count);
+          store_some(out + r * columns + first + i, value, count);
         });
       });
 }

@@ -17,7 +17,7 @@ from moekit.experts.groups import RowGroups
 # The struct ``GroupedCall`` of ``native_grouped.h``.
 FIELDS = (
     *("threads", "experts", "rows", "count_E", "left_RI", "left_ld", "left_width"),
-    *("weight", "weight_expert", "weight_ld", "along_result"),
+    *("weight", "weight_expert", "weight_ld", "along_result", "bias_EO"),
     *("right_RO", "right_ld", "right_width", "out", "cleared"),
 )
 
@@ -40,17 +40,25 @@ class NativeGrouped(Grouped):
         )
         return fits and x_ND.is_cpu and library() is not None
 
-    def product(self, groups: RowGroups, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
-        call = _Call(groups, rows_RI, weight_EOI.shape[1])
+    def product(
+        self,
+        groups: RowGroups,
+        rows_RI: Tensor,
+        weight_EOI: Tensor,
+        bias_EO: Tensor | None = None,
+    ) -> Tensor:
+        call = _Call(groups, rows_RI.to(weight_EOI.dtype), weight_EOI.shape[1])
         call.give_weight(weight_EOI)
-        size = (rows_RI.shape[0], weight_EOI.shape[1])
-        out_RO = call.room("out", *size, dtype=rows_RI.dtype)
+        if bias_EO is not None:
+            call.give("bias_EO", bias_EO.contiguous())
+        out_RO = call.room("out", rows_RI.shape[0], weight_EOI.shape[1], dtype=call.dtype)
         call.run("product")
         return out_RO
 
     def weight_gradient(
         self, groups: RowGroups, grad_RO: Tensor, rows_RI: Tensor, weight_EOI: Tensor
     ) -> Tensor:
+        grad_RO, rows_RI = grad_RO.to(weight_EOI.dtype), rows_RI.to(weight_EOI.dtype)
         if _along_sum(weight_EOI):
             return _gradient(groups, grad_RO, rows_RI)
         return _gradient(groups, rows_RI, grad_RO).mT
