@@ -219,8 +219,8 @@ def main() -> None:
         f"{options.repeats} turns; {where['device']}, {where['threads']} threads, torch "
         f"{where['torch']}, transformers {where['transformers']}. Four layers, D = {WIDTH}, "
         f"{EXPERTS} experts of H = {HIDDEN}, k = 4, vocabulary of {VOCABULARY}; generating is of "
-        f"{NEW_TOKENS} tokens a sequence. Empty cells are contenders that take many times as long as "
-        "others and were left out.\n\n"
+        f"{NEW_TOKENS} tokens a sequence. Empty cells are contenders that take many times as long "
+        "as others and were left out.\n\n"
     )
     write_text(options.output.with_suffix(".md"), head + summary(rows) + "\n" + table(rows))
     write_json(options.output.with_suffix(".json"), {"machine": where, "results": rows})
