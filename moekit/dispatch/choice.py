@@ -33,7 +33,7 @@ NATIVE_IN_HALF = 128
 NATIVE_IN_HALF_TRAINING = 32
 # Experts that they run one product after the other keep all rows between these in memory: up to so
 # many rows an expert, on a CPU with AVX2 alone, without and with a backward pass, and on others,
-# where torch's products are no slower once weights need not be waited for.
+# not measured, where little but reading weights counts.
 GROUPED, GROUPED_TRAINING, GROUPED_ELSEWHERE = 64, 256, 32
 # Elsewhere: elements of an expert's first weight, and the same times its rows, which is a third of
 # its multiply-adds for gated experts.

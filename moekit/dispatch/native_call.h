@@ -4,8 +4,6 @@
 
 #include "native_groups.h"
 
-#include <vector>
-
 // What Python hands over: FIELDS of moekit/dispatch/native_library.py.
 struct Call {
   Size threads, tokens, slots, rows, experts, width, hidden, out_width;
@@ -37,37 +35,17 @@ namespace {
 class Layout {
  public:
   explicit Layout(const Call& call)
-      : memory_(2 * call.experts + 1 + call.tokens * call.slots),
-        experts_(call.experts) {
-    start()[0] = 0;
-    for (Size e = 0; e < experts_; ++e) {
-      start()[e + 1] = start()[e] + call.count_E[e];
-      if (call.count_E[e]) used()[used_count_++] = e;
-      add_stretches(e);
-    }
+      : rows_(call.experts, call.count_E), place_(call.tokens * call.slots) {
     if (call.rows < call.tokens * call.slots)
       std::fill(place(), place() + call.tokens * call.slots, Size(-1));
     for (Size r = 0; r < call.rows; ++r) place()[call.assignment_R[r]] = r;
   }
-  Groups groups() const {
-    return {experts_, used_count_, start(), used(), Size(stretches_.size()), stretches_.data()};
-  }
-  Size* place() const { return used() + experts_; }  // N K; -1 for none
+  Groups groups() const { return rows_.groups(); }
+  Size* place() const { return place_.get(); }  // N K; -1 for none
 
  private:
-  Size* start() const { return memory_.get(); }
-  Size* used() const { return start() + experts_ + 1; }
-
-  void add_stretches(Size e) {
-    const Size first = start()[e], rows = start()[e + 1] - first, parts = ceil_div(rows, STRETCH);
-    if (rows < STRIP_ROWS) return;
-    for (Size i = 0; i < parts; ++i)
-      stretches_.push_back({e, first + rows * i / parts, first + rows * (i + 1) / parts});
-  }
-
-  Room<Size> memory_;
-  std::vector<Stretch> stretches_;
-  Size experts_, used_count_ = 0;
+  RowLayout rows_;
+  Room<Size> place_;
 };
 
 // The combine weights in float32.

@@ -6,8 +6,6 @@
 #include "native_gradients.h"
 #include "native_products.h"
 
-#include <vector>
-
 // What Python hands over: FIELDS of moekit/dispatch/native_grouped.py.
 struct GroupedCall {
   Size threads, experts, rows;
@@ -26,50 +24,27 @@ struct GroupedCall {
 
 namespace {
 
-// Which rows are each expert's.
-class RowLayout {
- public:
-  explicit RowLayout(const GroupedCall& call) : start_(call.experts + 1) {
-    for (Size e = 0; e < call.experts; ++e) {
-      const Size rows = call.count_E[e], parts = ceil_div(rows, STRETCH);
-      start_[e + 1] = start_[e] + rows;
-      if (rows) used_.push_back(e);
-      if (rows < STRIP_ROWS) continue;
-      for (Size i = 0; i < parts; ++i)
-        stretches_.push_back({e, start_[e] + rows * i / parts, start_[e] + rows * (i + 1) / parts});
-    }
-  }
-  Groups groups() const {
-    return {Size(start_.size()) - 1, Size(used_.size()), start_.data(), used_.data(),
-            Size(stretches_.size()), stretches_.data()};
-  }
-
- private:
-  std::vector<Size> start_, used_;
-  std::vector<Stretch> stretches_;
-};
-
 // Rows in float32: those that are given, or a copy.
 template <class T>
 class WholeRows {
  public:
   WholeRows(const void* given, Size rows, Size columns, Size ld)
       : given_(static_cast<const T*>(given)), rows_(rows), columns_(columns), ld_(ld),
-        copy_(IS_COPY ? rows * columns : 0) {}
+        copy_(COPIED ? rows * columns : 0) {}
 
   // By all threads of a region, which must meet afterwards.
   void fill() const {
-    if (!IS_COPY) return;
+    if (!COPIED) return;
 #pragma omp for schedule(static) nowait
     for (Size r = 0; r < rows_; ++r) copy(given_ + r * ld_, columns_, copy_.get() + r * columns_);
   }
   Matrix matrix() const {
-    if constexpr (!IS_COPY) return {const_cast<float*>(given_), columns_, ld_};
+    if constexpr (!COPIED) return {const_cast<float*>(given_), columns_, ld_};
     return {copy_.get(), columns_, columns_};
   }
 
  private:
-  static constexpr bool IS_COPY = !std::is_same_v<T, float>;
+  static constexpr bool COPIED = !std::is_same_v<T, float>;
   const T* given_;
   Size rows_, columns_, ld_;
   Room<float> copy_;
@@ -81,15 +56,15 @@ class WholeResults {
  public:
   WholeResults(void* out, Size rows, Size columns)
       : out_(static_cast<T*>(out)), rows_(rows), columns_(columns),
-        sums_(IS_COPY ? rows * columns : 0) {}
+        sums_(COPIED ? rows * columns : 0) {}
 
   Matrix matrix() const {
-    if constexpr (!IS_COPY) return {out_, columns_, columns_};
+    if constexpr (!COPIED) return {out_, columns_, columns_};
     return {sums_.get(), columns_, columns_};
   }
   // By all threads of a region, which must have met before.
   void finish() const {
-    if (!IS_COPY) return;
+    if (!COPIED) return;
 #pragma omp for schedule(static)
     for (Size r = 0; r < rows_; ++r)
       each_vector(columns_, [&](Size c, Size count) {
@@ -99,7 +74,7 @@ class WholeResults {
   }
 
  private:
-  static constexpr bool IS_COPY = !std::is_same_v<T, float>;
+  static constexpr bool COPIED = !std::is_same_v<T, float>;
   T* out_;
   Size rows_, columns_;
   Room<float> sums_;
@@ -108,7 +83,7 @@ class WholeResults {
 // out (R, O) = rows Wᵀ, plus the bias.
 template <class T>
 void grouped_product(const GroupedCall& call) {
-  const RowLayout layout(call);
+  const RowLayout layout(call.experts, call.count_E);
   const Groups groups = layout.groups();
   const Stack<T> weight = {static_cast<const T*>(call.weight), call.weight_expert, call.weight_ld};
   const T* bias = static_cast<const T*>(call.bias_EO);
@@ -144,7 +119,7 @@ void grouped_product(const GroupedCall& call) {
 // is zero.
 template <class T>
 void grouped_gradient(const GroupedCall& call) {
-  const RowLayout layout(call);
+  const RowLayout layout(call.experts, call.count_E);
   const Groups groups = layout.groups();
   const WholeRows<T> left(call.left_RI, call.rows, call.left_width, call.left_ld);
   const WholeRows<T> right(call.right_RO, call.rows, call.right_width, call.right_ld);

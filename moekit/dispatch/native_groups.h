@@ -10,6 +10,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <vector>
+
 namespace {
 
 // A stack of matrices (E, out, in), each with rows without gaps between elements.
@@ -67,6 +69,33 @@ struct Groups {
   const Stretch* stretch;
   Size rows(Size e) const { return start[e + 1] - start[e]; }
   Size rows() const { return used_count ? start[used[used_count - 1] + 1] - start[used[0]] : 0; }
+};
+
+// Which rows are each expert's, by how many each has.
+class RowLayout {
+ public:
+  RowLayout(Size experts, const Size* count_E) : start_(experts + 1) {
+    used_.reserve(experts);
+    for (Size e = 0; e < experts; ++e) {
+      start_[e + 1] = start_[e] + count_E[e];
+      if (count_E[e]) used_.push_back(e);
+      if (count_E[e] >= STRIP_ROWS) add_stretches(e, start_[e], count_E[e]);
+    }
+  }
+  Groups groups() const {
+    return {Size(start_.size()) - 1, Size(used_.size()), start_.data(), used_.data(),
+            Size(stretches_.size()), stretches_.data()};
+  }
+
+ private:
+  void add_stretches(Size e, Size first, Size rows) {
+    const Size parts = ceil_div(rows, STRETCH);
+    for (Size i = 0; i < parts; ++i)
+      stretches_.push_back({e, first + rows * i / parts, first + rows * (i + 1) / parts});
+  }
+
+  std::vector<Size> start_, used_;
+  std::vector<Stretch> stretches_;
 };
 
 // Calls `step(some groups, their first row)` for runs of experts with few rows together, so that
