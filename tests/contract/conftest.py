@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moekit.dispatch import few_rows, streamed
-from moekit.dispatch.native_backend import NativeCall
+from moekit.dispatch.native_library import KernelCall
 from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
 
 
@@ -52,13 +52,14 @@ def products(monkeypatch: pytest.MonkeyPatch) -> ProductCounter:
 
     for module in (few_rows, streamed):
         monkeypatch.setattr(module, "product", product)
-    run = NativeCall.run
+    run = KernelCall.run
 
-    def run_native(self: NativeCall, name: str) -> None:
-        counter.rows += [self.fields["rows"]] * 2  # both products are in one call
+    def run_native(self: KernelCall, name: str) -> None:
+        kernels = {"forward": 2, "product": 1}  # that multiply, and how often
+        counter.rows += [self.fields["rows"]] * kernels[name] if name in kernels else []
         run(self, name)
 
-    monkeypatch.setattr(NativeCall, "run", run_native)
+    monkeypatch.setattr(KernelCall, "run", run_native)
     if find_spec("triton") is not None:
         _watch_launches(counter, monkeypatch)
     return counter
