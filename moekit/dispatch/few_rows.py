@@ -22,17 +22,10 @@ class FewRows(Grouped):
 
     name: ClassVar[str] = "few_rows"
 
-    def product(
-        self,
-        groups: RowGroups,
-        rows_RI: Tensor,
-        weight_EOI: Tensor,
-        bias_EO: Tensor | None = None,
-    ) -> Tensor:
+    def product(self, groups: RowGroups, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
         parts = zip(rows_RI.split(groups.sizes), weight_EOI.unbind(0), strict=True)
         outputs = [product(rows, weight) for rows, weight in parts if rows.shape[0]]
-        out_RO = torch.cat([rows_RI.new_zeros(0, weight_EOI.shape[1]), *outputs])
-        return out_RO if bias_EO is None else out_RO.add_(groups.of_row(bias_EO))
+        return torch.cat([rows_RI.new_zeros(0, weight_EOI.shape[1]), *outputs])
 
 
 def product(rows_nI: Tensor, weight_OI: Tensor) -> Tensor:

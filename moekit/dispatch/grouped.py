@@ -29,15 +29,15 @@ class Grouped(Backend):
 
     name: ClassVar[str] = "grouped_mm"
 
-    def product(
-        self,
-        groups: RowGroups,
-        rows_RI: Tensor,
-        weight_EOI: Tensor,
-        bias_EO: Tensor | None = None,
+    def product(self, groups: RowGroups, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
+        """The grouped product, outside autograd."""
+        return groups.product(rows_RI, weight_EOI)
+
+    def linear(
+        self, groups: RowGroups, rows_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None
     ) -> Tensor:
-        """The grouped product, plus the bias of each row's expert, outside autograd."""
-        out_RO = groups.product(rows_RI, weight_EOI)
+        """The same plus the bias of each row's expert."""
+        out_RO = self.product(groups, rows_RI, weight_EOI)
         return out_RO if bias_EO is None else out_RO.add_(groups.of_row(bias_EO))
 
     def weight_gradient(
@@ -51,10 +51,10 @@ class Grouped(Backend):
     ) -> tuple[Tensor, list[Tensor]]:
         groups = plan.groups
         rows_RD = x_ND.index_select(0, plan.token_R)
-        inner_RJ = self.product(groups, rows_RD, bank.up_EJD, bank.up_bias_EJ)
+        inner_RJ = self.linear(groups, rows_RD, bank.up_EJD, bank.up_bias_EJ)
         activation = bank.activation if keep else bank.activation.consume
         outer_RH = activation(inner_RJ)
-        out_RO = self.product(groups, outer_RH, bank.down_EOH, bank.down_bias_EO)
+        out_RO = self.linear(groups, outer_RH, bank.down_EOH, bank.down_bias_EO)
         return _sum(out_RO, plan, weighted=True), [inner_RJ] if keep else []
 
     def backward(

@@ -40,12 +40,11 @@ class NativeGrouped(Grouped):
         )
         return fits and x_ND.is_cpu and library() is not None
 
-    def product(
-        self,
-        groups: RowGroups,
-        rows_RI: Tensor,
-        weight_EOI: Tensor,
-        bias_EO: Tensor | None = None,
+    def product(self, groups: RowGroups, rows_RI: Tensor, weight_EOI: Tensor) -> Tensor:
+        return self.linear(groups, rows_RI, weight_EOI, None)
+
+    def linear(
+        self, groups: RowGroups, rows_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None
     ) -> Tensor:
         call = _Call(groups, rows_RI.to(weight_EOI.dtype), weight_EOI.shape[1])
         call.give_weight(weight_EOI)
