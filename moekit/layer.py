@@ -179,7 +179,13 @@ class MoE(nn.Module):
                 unless the signals say otherwise.
             carry: what the layer below handed over.
             between: what to do between the map and the reduce of a bank that has them.
+
+        Raises:
+            SpecError: the rows are of another width than the layer's.
         """
+        width = self.router.site.width
+        if x.shape[-1:] != (width,):
+            raise SpecError(f"x is {tuple(x.shape)}; this layer is for rows (..., {width})")
         carry = Carry() if carry is None else carry
         signals = self._with_scopes(x, Signals() if signals is None else signals)
         signals = signals.replace(previous_logits_NE=carry.logits_NE, experts=self.experts)

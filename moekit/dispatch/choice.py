@@ -15,6 +15,7 @@ from moekit.dispatch.backend import Backend
 from moekit.dispatch.few_rows import FEW, FewRows
 from moekit.dispatch.grouped import Grouped
 from moekit.dispatch.native_backend import Native
+from moekit.dispatch.native_decode import MOST_ROWS, decoded
 from moekit.dispatch.native_grouped import NativeGrouped
 from moekit.dispatch.native_library import library
 from moekit.dispatch.plan import Plan
@@ -22,6 +23,7 @@ from moekit.dispatch.streamed import Streamed
 from moekit.errors import SpecError
 from moekit.experts.experts import FeedForward
 from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
+from moekit.routing.routing import Routing
 from moekit.watched import watched
 
 BackendName = Literal["auto", "native", "streamed", "few_rows", "grouped_mm", "triton", "loop"]
@@ -79,6 +81,36 @@ class Choice:
         dtype = autocast_dtype(x_ND)
         found = self._find(x_ND, plan, bank, dtype)
         self._log(found, x_ND, dtype)
+        return found
+
+    def decodes(self, x_ND: Tensor, routing: Routing) -> bool:
+        """Whether these tokens are so few that :meth:`decoded` is worth asking."""
+        return (
+            self.name in ("auto", "native")
+            and routing.full
+            and 0 < routing.expert_NK.numel() <= MOST_ROWS
+            and x_ND.is_cpu
+            and not torch.is_grad_enabled()
+        )
+
+    def decoded(
+        self, x_ND: Tensor, routing: Routing, bank: FeedForward
+    ) -> tuple[Tensor, Tensor] | None:
+        """The combined outputs of few tokens and the rows of each expert, without a plan.
+
+        None where :meth:`backend` would not choose the kernels that do this, or they need more.
+        """
+        up_EJD = bank.up_EJD
+        if (
+            up_EJD.shape[0] != routing.experts
+            or not up_EJD.is_cpu
+            or torch.is_autocast_enabled("cpu")
+            or not _plain(x_ND, routing.expert_NK, routing.weight_NK, *bank.tensors)
+        ):
+            return None
+        found = decoded(x_ND, routing.expert_NK, routing.weight_NK, bank)
+        if found is not None:
+            self._log(Native(), x_ND, x_ND.dtype)
         return found
 
     def own_kernels(self, x_ND: Tensor, *others: Tensor | None) -> bool:

@@ -79,8 +79,14 @@ class Dispatch(nn.Module):
         Args:
             between: what to do between the map and the reduce of the bank, on one plan; slots
                 without a row hold zeros.
+
+        Raises:
+            SpecError: the routing is not one of these tokens to these experts.
         """
+        routing.check_fits(x_ND, experts.width, len(experts.kinds))
         routing = self.limited(routing, experts)
+        if between is None and (decoded := self.decoded(x_ND, routing, experts)) is not None:
+            return decoded
         dispatched = experts.dispatched
         if dispatched:
             plan = self.plan(routing, experts)
@@ -113,6 +119,10 @@ class Dispatch(nn.Module):
         if kernels and takes_direct(y_ND, x_ND, direct):
             return add_direct(y_ND, x_ND, direct)
         return direct.added(y_ND, x_ND).to(y_ND.dtype)
+
+    def decoded(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Dispatched | None:
+        """The result for few tokens in one call without a plan, where that is possible."""
+        return None
 
     def limited(self, routing: Routing, experts: Experts) -> Routing:
         """The assignments that are kept, each in its own slot; further slots may follow."""
@@ -160,6 +170,11 @@ class DroplessDispatch(Dispatch):
 
     def __init__(self, spec: Dropless) -> None:
         super().__init__(spec.backend)
+
+    def decoded(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Dispatched | None:
+        bank = experts.feed_forward() if self.choice.decodes(x_ND, routing) else None
+        found = None if bank is None else self.choice.decoded(x_ND, routing, bank)
+        return None if found is None else Dispatched(*found, routing)
 
     def plan(self, routing: Routing, experts: Experts) -> Plan:
         return plan_rows(routing, experts.dispatched_ranges, self.choice.groups)

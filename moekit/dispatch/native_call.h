@@ -29,6 +29,22 @@ struct Call {
   void *grad_x_ND, *grad_up_EJD, *grad_down_EOH;
 };
 
+// The same for a forward pass of few tokens that nothing is kept of and whose assignments are not
+// sorted: what `decoded` of moekit/dispatch/native_decode.py packs. Tokens, their ids and weights
+// have no gaps.
+struct DecodeCall {
+  Size threads, tokens, slots, experts, width, hidden, out_width;
+  const Size* expert_NK;
+  const void* weight_NK;
+  Size half_weights;
+  const void *x_ND, *up_EJD;
+  Size up_expert, up_ld;
+  const void* down_EOH;
+  Size down_expert, down_ld;
+  Size* count_E;
+  void* y_NO;
+};
+
 namespace {
 
 // Which rows are each expert's, and which row is each assignment's.

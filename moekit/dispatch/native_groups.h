@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <numeric>
 #include <vector>
 
 namespace {
@@ -70,6 +71,20 @@ struct Groups {
   Size rows(Size e) const { return start[e + 1] - start[e]; }
   Size rows() const { return used_count ? start[used[used_count - 1] + 1] - start[used[0]] : 0; }
 };
+
+// The order that sorts ids below `size`, of equal ids the first first, and how many there are of
+// each. The first id that is not one of them ends it, and false is returned.
+inline bool sort_ids(Size count, const Size* ids, Size size, Size* order, Size* counts) {
+  std::fill(counts, counts + size, 0);
+  for (Size i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= size) return false;
+    ++counts[ids[i]];
+  }
+  const Room<Size> next(size);
+  std::exclusive_scan(counts, counts + size, next.get(), Size(0));
+  for (Size i = 0; i < count; ++i) order[next.get()[ids[i]]++] = i;
+  return true;
+}
 
 // Which rows are each expert's, by how many each has.
 class RowLayout {

@@ -15,8 +15,6 @@
 #include "native_grouped.h"
 #include "native_products.h"
 
-#include <numeric>
-
 namespace {
 
 template <class T>
@@ -71,6 +69,31 @@ void forward_pass(const Call& call) {
     });
     y.finish();
   }
+}
+
+// A forward pass of few tokens, from their experts' ids on; 1 if one of them is no id, else 0.
+template <class T>
+int decode(const DecodeCall& given) {
+  const Size rows = given.tokens * given.slots;
+  const Room<Size> assignment_R(rows);
+  if (!sort_ids(rows, given.expert_NK, given.experts, assignment_R.get(), given.count_E)) return 1;
+  Call call = {given.threads, given.tokens, given.slots,  rows,
+               given.experts, given.width,  given.hidden, given.out_width};
+  call.count_E = given.count_E;
+  call.assignment_R = assignment_R.get();
+  call.weight_NK = given.weight_NK;
+  call.half_weights = given.half_weights;
+  call.x_ND = given.x_ND;
+  call.x_ld = given.width;
+  call.up_EJD = given.up_EJD;
+  call.up_expert = given.up_expert;
+  call.up_ld = given.up_ld;
+  call.down_EOH = given.down_EOH;
+  call.down_expert = given.down_expert;
+  call.down_ld = given.down_ld;
+  call.y_NO = given.y_NO;
+  forward_pass<T>(call);
+  return 0;
 }
 
 // One row through SwiGLU backward: from dA' to the router's gradient, s A, and s dA' before the
@@ -292,6 +315,8 @@ extern "C" {
 
 void moekit_forward_float32(const Call* call) { forward_pass<float>(*call); }
 void moekit_forward_bfloat16(const Call* call) { forward_pass<bfloat16>(*call); }
+int moekit_decode_float32(const DecodeCall* call) { return decode<float>(*call); }
+int moekit_decode_bfloat16(const DecodeCall* call) { return decode<bfloat16>(*call); }
 void moekit_backward_float32(const Call* call) { backward_pass<float>(*call); }
 void moekit_backward_bfloat16(const Call* call) {
 #if defined(__AVX512BF16__)
@@ -331,18 +356,9 @@ int moekit_has_pairs(Size width, Size hidden, Size out_width) {
 #endif
 }
 
-// The order that sorts ids below `size`, of equal ids the first first, and how many there are of
-// each. The first id that is not one of them ends it, and 1 is returned.
+// See sort_ids.
 int moekit_sort_ids(Size count, const Size* ids, Size size, Size* order, Size* counts) {
-  std::fill(counts, counts + size, 0);
-  for (Size i = 0; i < count; ++i) {
-    if (ids[i] < 0 || ids[i] >= size) return 1;
-    ++counts[ids[i]];
-  }
-  const Room<Size> next(size);
-  std::exclusive_scan(counts, counts + size, next.get(), Size(0));
-  for (Size i = 0; i < count; ++i) order[next.get()[ids[i]]++] = i;
-  return 0;
+  return sort_ids(count, ids, size, order, counts) ? 0 : 1;
 }
 
 // Whether the CPU has matrix units, which other libraries use for bfloat16 and these kernels do not.

@@ -210,7 +210,8 @@ def _opened(path: Path) -> ctypes.CDLL:
         for dtype in ("float32", "bfloat16"):
             function: Any = getattr(found, f"moekit_{name}_{dtype}")
             function.argtypes, function.restype = [ctypes.c_char_p], None
-    found.moekit_runs_in_pairs.argtypes = [ctypes.c_char_p]
+    for name in ("decode_float32", "decode_bfloat16", "runs_in_pairs"):
+        getattr(found, f"moekit_{name}").argtypes = [ctypes.c_char_p]
     size, data = ctypes.c_int64, ctypes.c_void_p
     found.moekit_sort_ids.argtypes = [size, data, size, data, data]
     found.moekit_has_pairs.argtypes = [ctypes.c_int64] * 3

@@ -132,6 +132,25 @@ class Routing:
                 f"{tuple(self.weight_NK.shape)} must both be (N, K)"
             )
 
+    def check_fits(self, x_ND: Tensor, width: int, experts: int) -> None:
+        """Refuse tokens, or a bank of experts for rows of ``width``, that this is no routing of.
+
+        Kernels would read beyond their ends.
+
+        Raises:
+            SpecError: sizes differ.
+        """
+        if x_ND.shape != (self.tokens, width):
+            raise SpecError(
+                f"tokens are {tuple(x_ND.shape)}; wanted ({self.tokens}, {width}), by the routing "
+                "and the experts"
+            )
+        if experts != self.experts:
+            raise SpecError(
+                f"the routing is over {self.experts} experts and the bank has {experts}; route "
+                "with a router that was built for the bank"
+            )
+
     @property
     def tokens(self) -> int:
         """Number of rows N, padding included."""

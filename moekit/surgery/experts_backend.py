@@ -64,21 +64,35 @@ class _Experts:
     ) -> Tensor:
         bank, after = _bank(module), _after(module)
         rows_ND = x_ND.to(bank.up_EJD.dtype)
-        plan = self._plan(module, expert_NK, weight_NK)
+        routing = _routing(module, expert_NK, weight_NK)
+        experts, _, width = bank.up_EJD.shape
+        routing.check_fits(rows_ND, width, experts)
         if after is not None or _has_parameters(getattr(module, "act_fn", None)):
-            return composed(rows_ND, plan, bank, after).to(x_ND.dtype)
-        backend = self.choice.backend(rows_ND, plan, bank)
-        return feed_forward(rows_ND, plan, bank, backend).to(x_ND.dtype)
+            y_NO = composed(rows_ND, self._plan(routing), bank, after)
+        else:
+            y_NO = self._feed_forward(rows_ND, routing, bank)
+        return y_NO.to(x_ND.dtype)
 
-    def _plan(self, module: nn.Module, expert_NK: Tensor, weight_NK: Tensor) -> Plan:
-        """Experts that live on another rank have an id beyond the last one: no row for them."""
-        experts = int(module.num_experts)  # type: ignore[arg-type]
-        spread = bool(getattr(module, "_is_expert_parallel", False))
-        expert_NK = expert_NK.long()
-        if spread:
-            expert_NK = torch.where(expert_NK < experts, expert_NK, -1)
-        routing = Routing(expert_NK, weight_NK, experts, full=not spread)
-        return plan_rows(routing, [(0, experts)], self.choice.groups)
+    def _feed_forward(self, x_ND: Tensor, routing: Routing, bank: FeedForward) -> Tensor:
+        if self.choice.decodes(x_ND, routing):
+            found = self.choice.decoded(x_ND, routing, bank)
+            if found is not None:
+                return found[0]
+        plan = self._plan(routing)
+        return feed_forward(x_ND, plan, bank, self.choice.backend(x_ND, plan, bank))
+
+    def _plan(self, routing: Routing) -> Plan:
+        return plan_rows(routing, [(0, routing.experts)], self.choice.groups)
+
+
+def _routing(module: nn.Module, expert_NK: Tensor, weight_NK: Tensor) -> Routing:
+    """Experts that live on another rank have an id beyond the last one: no row for them."""
+    experts = int(module.num_experts)  # type: ignore[arg-type]
+    spread = bool(getattr(module, "_is_expert_parallel", False))
+    expert_NK = expert_NK.long()
+    if spread:
+        expert_NK = torch.where(expert_NK < experts, expert_NK, -1)
+    return Routing(expert_NK, weight_NK, experts, full=not spread)
 
 
 def _bank(module: nn.Module) -> FeedForward:

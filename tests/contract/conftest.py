@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moekit.dispatch import few_rows, streamed
+from moekit.dispatch import choice, few_rows, streamed
 from moekit.dispatch.native_library import KernelCall
 from moekit.experts.groups import GroupedMM, PaddedGroups, RowGroups
 
@@ -60,6 +60,14 @@ def products(monkeypatch: pytest.MonkeyPatch) -> ProductCounter:
         run(self, name)
 
     monkeypatch.setattr(KernelCall, "run", run_native)
+    decoded = choice.decoded
+
+    def decode(*given: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        found = decoded(*given)
+        counter.rows += [] if found is None else [int(found[1].sum())] * 2
+        return found
+
+    monkeypatch.setattr(choice, "decoded", decode)
     if find_spec("triton") is not None:
         _watch_launches(counter, monkeypatch)
     return counter

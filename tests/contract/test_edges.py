@@ -11,6 +11,7 @@ from contract_cases import BANKS, CASES, DISPATCHES, EXPERTS, Case, Inputs, labe
 from contract_oracle import dense_output, every_expert, relative_error
 
 from moekit.dispatch import Capacity, DispatchSpec, Dropless, Merged, Rectified
+from moekit.errors import SpecError
 from moekit.experts import GELU, Bank, Constant, Copy, ExpertsSpec, SwiGLU, Zero
 from moekit.routing import (
     DenseToSparse,
@@ -157,12 +158,37 @@ def test_a_routing_without_any_expert_gives_zero(bank: ExpertsSpec, dispatch: Di
     layer = Case(TopK(k=2), bank, dispatch).layer()
     expert_NK = torch.full((6, 2), -1)
     weight_NK = torch.zeros(6, 2, requires_grad=True)
-    done = layer.dispatch(torch.randn(6, 8), Routing(expert_NK, weight_NK, EXPERTS), layer.experts)
+    routing = Routing(expert_NK, weight_NK, len(bank.expert_kinds()))
+    done = layer.dispatch(torch.randn(6, 8), routing, layer.experts)
     assert bool((done.y_ND == 0).all())
     done.y_ND.sum().backward()
     for parameter in layer.experts.parameters():
         assert parameter.grad is not None
         assert bool((parameter.grad == 0).all())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "experts"),
+    [((5, 8), EXPERTS), ((7, 8), EXPERTS), ((6, 7), EXPERTS), ((6, 9), EXPERTS), ((6, 8), 7)],
+)
+@pytest.mark.parametrize("dispatch", ALL_DISPATCHES, ids=label)
+def test_tokens_or_experts_that_a_routing_is_not_of_are_refused(
+    dispatch: DispatchSpec, shape: tuple[int, int], experts: int, grad: bool
+) -> None:
+    """Kernels would read beyond the ends."""
+    bank = SwiGLU(count=EXPERTS, hidden=8).build(8)
+    routing = Routing(torch.zeros(6, 2, dtype=torch.int64), torch.rand(6, 2), experts, full=True)
+    with torch.set_grad_enabled(grad), pytest.raises(SpecError, match=r"wanted \(6, 8\)|over 7"):
+        dispatch.build()(torch.randn(shape), routing, bank)
+
+
+@pytest.mark.parametrize("router", [TopK(k=2), Hash(k=1)], ids=label)
+@pytest.mark.parametrize("shape", [(3, 7), (2, 3, 9), (8, 0), ()])
+def test_rows_of_another_width_are_refused(router: RouterSpec, shape: tuple[int, ...]) -> None:
+    layer = Case(router, SwiGLU(count=EXPERTS, hidden=8)).layer()
+    with pytest.raises(SpecError, match=r"this layer is for rows \(\.\.\., 8\)"):
+        layer(torch.randn(shape))
 
 
 def test_strided_inputs_are_as_good_as_contiguous_ones() -> None:
