@@ -98,7 +98,11 @@ class ReLU(FeedForwardSpec):
 
 
 class FeedForwardExperts(Experts):
-    """The module of every feed-forward bank."""
+    """The module of every feed-forward bank.
+
+    Attributes:
+        up_name: name of the first projection, that of transformers.
+    """
 
     def __init__(self, spec: FeedForwardSpec, width: int) -> None:
         out = spec.out_width(width)
@@ -106,17 +110,13 @@ class FeedForwardExperts(Experts):
         self.spec = spec
         self.activate = spec.between()
         inner = spec.hidden * (2 if spec.gated else 1)
+        self.up_name = "gate_up_proj" if spec.gated else "up_proj"
         up = nn.Parameter(torch.empty(spec.count, inner, width))
         self.register_parameter(self.up_name, up)
         self.down_proj = nn.Parameter(torch.empty(spec.count, out, spec.hidden))
         self.up_bias = nn.Parameter(torch.empty(spec.count, inner)) if spec.bias else None
         self.down_bias = nn.Parameter(torch.empty(spec.count, out)) if spec.bias else None
         self.reset_parameters()
-
-    @property
-    def up_name(self) -> str:
-        """Name of the first projection, that of transformers."""
-        return "gate_up_proj" if self.spec.gated else "up_proj"
 
     @property
     def up_weight(self) -> Tensor:

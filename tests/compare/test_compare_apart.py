@@ -13,7 +13,7 @@ import torch
 from tiny_study import DESIGNS, Watched
 
 from moekit.compare import StudySpec, compare
-from moekit.compare.apart import _Worker
+from moekit.compare.apart import _processes, _Worker
 from moekit.errors import DivergedError, ProcessError
 from moekit.training import SilentProgress
 
@@ -73,14 +73,15 @@ def _work(how: str, reporter: Any, last: int) -> int:
     return torch.get_num_threads()
 
 
-def _attended(how: str) -> tuple[Any, list[int]]:
+def _attended(how: str, device: str = "cpu") -> tuple[Any, list[int]]:
     told = _Told()
-    with _Worker("a run", _work, (how,), (7,)) as worker:
+    with _Worker("a run", _work, (how,), (7,), _processes(device)) as worker:
         return worker.attend(told), told.steps
 
 
-def test_a_worker_returns_and_tells() -> None:
-    assert _attended("well") == (torch.get_num_threads(), [7])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_worker_returns_and_tells(device: str) -> None:
+    assert _attended("well", device) == (torch.get_num_threads(), [7])
 
 
 @pytest.mark.parametrize(
@@ -97,8 +98,24 @@ def test_how_a_worker_can_end(how: str, error: type[Exception], said: str) -> No
         _attended(how)
 
 
+def _environment(name: str, _: Any) -> str | None:
+    return os.environ.get(name)
+
+
+def test_a_worker_has_the_environment_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of when the server was started."""
+    for value in ("one", None, "two"):
+        if value is None:
+            monkeypatch.delenv("MOEKIT_TEST_WORKER")
+        else:
+            monkeypatch.setenv("MOEKIT_TEST_WORKER", value)
+        name = ("MOEKIT_TEST_WORKER",)
+        with _Worker("a run", _environment, name, (), _processes("cpu")) as worker:
+            assert worker.attend(SilentProgress()) == value
+
+
 def test_an_interrupt_while_a_worker_starts_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = _Worker("a run", _work, ("well",), (7,))
+    worker = _Worker("a run", _work, ("well",), (7,), _processes("cpu"))
     start = worker._process.start
 
     def interrupted() -> None:
