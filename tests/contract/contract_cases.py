@@ -11,9 +11,11 @@ import functools
 import importlib
 import itertools
 import pkgutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -299,25 +301,6 @@ def label(spec: Spec) -> str:
     return f"{type(spec).__name__}({','.join(parts)})"
 
 
-def _cases() -> list[Case]:
-    """All kinds with each other by their first spec, then each further spec with some partners."""
-    first = [[specs[0] for specs in family.values()] for family in (ROUTERS, BANKS, DISPATCHES)]
-    others = [
-        [spec for specs in family.values() for spec in specs[1:]]
-        for family in (ROUTERS, BANKS, DISPATCHES)
-    ]
-    few = [[TopK(k=2), ReLURouting(k=2)], [first[1][0], MIXED], [Dropless(), PADDED]]
-    chosen = itertools.chain(
-        itertools.product(*first),
-        itertools.product(others[0], few[1], few[2]),
-        itertools.product(few[0], others[1], few[2]),
-        itertools.product(few[0], first[1], others[2]),
-        itertools.product([PerSequence(TopK(k=2))], [*few[1], *others[1]], DISPATCHES["Merged"]),
-    )
-    cases = (Case(*specs) for specs in dict.fromkeys(chosen))
-    return [case for case in cases if not refused(case)]
-
-
 def refused(case: Case) -> bool:
     """Whether the layer refuses its parts; test_registry.py says which pairs those are."""
     try:
@@ -326,7 +309,70 @@ def refused(case: Case) -> bool:
         return True
 
 
-CASES = _cases()
+def _cases() -> Iterator[list[Case]]:
+    """All kinds with each other by their first spec, then each further spec with some partners.
+
+    In lists of cases that differ in one part alone.
+    """
+    first = [[specs[0] for specs in family.values()] for family in (ROUTERS, BANKS, DISPATCHES)]
+    others = [
+        [spec for specs in family.values() for spec in specs[1:]]
+        for family in (ROUTERS, BANKS, DISPATCHES)
+    ]
+    few = [[TopK(k=2), ReLURouting(k=2)], [first[1][0], MIXED], [Dropless(), PADDED]]
+    for parts in (
+        first,
+        (others[0], few[1], few[2]),
+        (few[0], others[1], few[2]),
+        (few[0], first[1], others[2]),
+        ([PerSequence(TopK(k=2))], [*few[1], *others[1]], DISPATCHES["Merged"]),
+    ):
+        most, more, fewest = sorted(parts, key=len, reverse=True)
+        for pair in itertools.product(most, more):
+            cases = [_case(*pair, third) for third in fewest]
+            yield [case for case in cases if not refused(case)]
+
+
+def _case(*parts: Spec) -> Case:
+    """The layer of these parts, in whatever order."""
+    (router,) = (part for part in parts if isinstance(part, RouterSpec))
+    (experts,) = (part for part in parts if isinstance(part, ExpertsSpec))
+    (dispatch,) = (part for part in parts if isinstance(part, DispatchSpec))
+    return Case(router, experts, dispatch)
+
+
+def pairs(case: Case) -> set[tuple[Spec, Spec]]:
+    """The pairs of parts that a case puts together."""
+    return set(itertools.combinations((case.router, case.experts, case.dispatch), 2))
+
+
+def _shown() -> set[Case]:
+    """Cases in which every pair of parts is found that is in some case: one of each list, taking
+    turns, and what these leave out."""
+    turns = [cases[turn % len(cases)] for turn, cases in enumerate(LISTS) if cases]
+    shown = dict.fromkeys(turns)
+    seen = set().union(*map(pairs, shown))
+    for case in CASES:
+        if not pairs(case) <= seen:
+            shown[case] = None
+            seen |= pairs(case)
+    return set(shown)
+
+
+LISTS = list(_cases())
+CASES = list(dict.fromkeys(itertools.chain(*LISTS)))
+SHOWN = _shown()
+
+
+def every_case(wanted: Callable[[Case], bool] = lambda _: True) -> pytest.MarkDecorator:
+    """Runs a test on every case that is wanted; those that show nothing new are slow."""
+    params = [pytest.param(case, marks=speed(case)) for case in CASES if wanted(case)]
+    return pytest.mark.parametrize("case", params, ids=name)
+
+
+def speed(case: Case) -> list[pytest.MarkDecorator]:
+    """The mark ``slow`` for a case whose pairs of parts others show."""
+    return [] if case in SHOWN else [pytest.mark.slow]
 
 
 def name(case: Case) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from contract_cases import BANKS, CASES, DISPATCHES, EXPERTS, Case, Inputs, label, name
+from contract_cases import BANKS, DISPATCHES, EXPERTS, Case, Inputs, every_case, label
 from contract_oracle import dense_output, every_expert, relative_error
 
 from moekit.dispatch import Capacity, DispatchSpec, Dropless, Merged, Rectified
@@ -39,7 +39,7 @@ ANY_ROUTING = [d for d in ALL_DISPATCHES if not isinstance(d, Rectified | Merged
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
-@pytest.mark.parametrize("case", CASES, ids=name)
+@every_case()
 def test_no_token_and_one_token(case: Case, tokens: int) -> None:
     layer, inputs = case.layer(), Inputs.make(tokens)
     x_ND = inputs.x_ND.requires_grad_()

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from contract_cases import CASES, EXPERTS, LOSSES, PREVIOUS, VOCABULARY, Case, Inputs, label, name
+from contract_cases import EXPERTS, LOSSES, PREVIOUS, VOCABULARY, Case, Inputs, every_case, label
 from contract_oracle import layer_output, relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +25,7 @@ from moekit.routing import (
     TopK,
 )
 
-EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=name)
+EVERY_CASE = every_case()
 
 
 @EVERY_CASE
@@ -124,7 +124,7 @@ class Stack(nn.Module):
         return checkpoint(self._run, *args, use_reentrant=False)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.experts.out_width(8) == 8], ids=name)
+@every_case(lambda case: case.experts.out_width(8) == 8)
 def test_activation_checkpointing_changes_nothing(case: Case) -> None:
     kind = {"gates": L1Balance(k=2), "probabilities": SwitchBalance()}.get(case.router.scores)
     found = []

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from contract_cases import CASES, EXPERTS, LOSSES, Case, Inputs, label, name
+from contract_cases import CASES, EXPERTS, LOSSES, Case, Inputs, every_case, label, name, speed
 from torch import Tensor
 
 from moekit.dispatch import Capacity, Dropless, Merged
@@ -57,7 +57,7 @@ def padded(inputs: Inputs, seed: int = 9) -> tuple[Inputs, Tensor]:
     return Inputs(x_ND, signals, rows.carry), valid_N
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
+@every_case()
 def test_padding_changes_nothing(case: Case) -> None:
     layer = case.layer(torch.float64).eval()
     wide, valid_N = padded(Inputs.make(12, torch.float64))
@@ -78,7 +78,7 @@ def test_padding_changes_nothing(case: Case) -> None:
 
 
 LOSS_CASES = [
-    (case, loss)
+    pytest.param(case, loss, marks=speed(case), id=f"{name(case)}-{label(loss)}")
     for case in DROPLESS
     for loss in itertools.chain(*LOSSES.values())
     if case.router.scores in loss.needs
@@ -86,9 +86,7 @@ LOSS_CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "loss"), LOSS_CASES, ids=[f"{name(c)}-{label(loss)}" for c, loss in LOSS_CASES]
-)
+@pytest.mark.parametrize(("case", "loss"), LOSS_CASES)
 def test_padding_changes_no_loss(case: Case, loss: LossSpec) -> None:
     layer = case.layer(torch.float64).eval()
     wide, valid_N = padded(Inputs.make(12, torch.float64))
@@ -105,7 +103,7 @@ def test_padding_changes_no_loss(case: Case, loss: LossSpec) -> None:
         torch.testing.assert_close(given, wanted, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("case", [c for c in DROPLESS if not c.router.needs_past], ids=name)
+@every_case(lambda case: case in DROPLESS and not case.router.needs_past)
 def test_the_order_of_tokens_does_not_matter(case: Case) -> None:
     layer, inputs = case.layer(torch.float64).eval(), Inputs.make(14, torch.float64)
     order = torch.randperm(14)
@@ -113,15 +111,11 @@ def test_the_order_of_tokens_does_not_matter(case: Case) -> None:
     torch.testing.assert_close(shuffled, call(layer, inputs)[order], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        case
-        for case in CASES
-        if case.router.causal
+@every_case(
+    lambda case: (
+        case.router.causal
         and (isinstance(case.dispatch, Dropless | Merged) or case.dispatch.priority == "position")
-    ],
-    ids=name,
+    )
 )
 def test_later_tokens_do_not_matter(case: Case) -> None:
     layer, inputs = case.layer(torch.float64).eval(), Inputs.make(14, torch.float64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_cases import CASES, Case, Inputs, name
+from contract_cases import Case, Inputs, every_case
 from contract_oracle import layer_output, relative_error
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from moekit.layer import MoE
 from moekit.routing import GumbelSoftmax, Routing
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=name)
+EVERY_CASE = every_case()
 
 
 def run(layer: MoE, inputs: Inputs) -> Dispatched:
@@ -149,7 +149,7 @@ def differentiates_its_values(case: Case) -> bool:
     return not straight_through(case) and not isinstance(case.dispatch, Rectified)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if differentiates_its_values(c)], ids=name)
+@every_case(differentiates_its_values)
 def test_gradients_equal_finite_differences(case: Case) -> None:
     layer, inputs = case.layer(torch.float64, seed=2), Inputs.make(5, torch.float64, seed=3)
     names = [n for n, _ in layer.named_parameters()]
@@ -184,11 +184,7 @@ def test_gradients_of_torch_func_equal_those_of_autograd(case: Case) -> None:
     torch.testing.assert_close((by_x_ND, *by_values.values()), wanted)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [c for c in CASES if isinstance(c.dispatch, Dropless) and c.dispatch.backend == "loop"],
-    ids=name,
-)
+@every_case(lambda c: isinstance(c.dispatch, Dropless) and c.dispatch.backend == "loop")
 def test_backends_agree_to_the_last_bits(case: Case) -> None:
     layer, inputs = case.layer(), Inputs.make(13)
     other = Case(case.router, case.experts, Dropless()).layer()

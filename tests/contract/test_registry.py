@@ -14,9 +14,11 @@ from contract_cases import (
     LOSSES,
     ROUTERS,
     Case,
+    every_case,
     label,
-    name,
+    pairs,
     registered,
+    speed,
 )
 
 from moekit.dispatch import Capacity, Merged, Rectified
@@ -52,7 +54,12 @@ def test_a_spec_survives_json(spec: Spec) -> None:
     assert hash(again) == hash(spec)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
+def test_the_default_suite_shows_every_pair_of_parts_that_some_case_has() -> None:
+    shown = [case for case in CASES if not speed(case)]
+    assert set().union(*map(pairs, CASES)) == set().union(*map(pairs, shown))
+
+
+@every_case()
 def test_a_layer_spec_survives_json(case) -> None:
     spec = case.spec
     assert MoESpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
