@@ -85,8 +85,10 @@ class Dispatch(nn.Module):
         """
         routing.check_fits(x_ND, experts.width, len(experts.kinds))
         routing = self.limited(routing, experts)
-        if between is None and (decoded := self.decoded(x_ND, routing, experts)) is not None:
-            return decoded
+        if between is None and self.choice.decodes(x_ND, routing) and self.as_routed():
+            decoded = self._decoded(x_ND, routing, experts)
+            if decoded is not None:
+                return decoded
         dispatched = experts.dispatched
         if dispatched:
             plan = self.plan(routing, experts)
@@ -111,6 +113,12 @@ class Dispatch(nn.Module):
             return plan.combine(run(plan.gather(x_ND), plan.groups))
         return feed_forward(x_ND, plan, tensors, backend)
 
+    def _decoded(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Dispatched | None:
+        """The result for few tokens in one call without a plan, where that is possible."""
+        bank = experts.feed_forward()
+        found = None if bank is None else self.choice.decoded(x_ND, routing, bank)
+        return None if found is None else Dispatched(*found, routing)
+
     def _with_direct(self, y_ND: Tensor, x_ND: Tensor, direct: Direct | None) -> Tensor:
         """The output with the direct experts' part, in place where that can be."""
         if direct is None:
@@ -120,9 +128,9 @@ class Dispatch(nn.Module):
             return add_direct(y_ND, x_ND, direct)
         return direct.added(y_ND, x_ND).to(y_ND.dtype)
 
-    def decoded(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Dispatched | None:
-        """The result for few tokens in one call without a plan, where that is possible."""
-        return None
+    def as_routed(self) -> bool:
+        """Whether every assignment is run, in this mode, just as the router made it."""
+        return False
 
     def limited(self, routing: Routing, experts: Experts) -> Routing:
         """The assignments that are kept, each in its own slot; further slots may follow."""
@@ -171,10 +179,8 @@ class DroplessDispatch(Dispatch):
     def __init__(self, spec: Dropless) -> None:
         super().__init__(spec.backend)
 
-    def decoded(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Dispatched | None:
-        bank = experts.feed_forward() if self.choice.decodes(x_ND, routing) else None
-        found = None if bank is None else self.choice.decoded(x_ND, routing, bank)
-        return None if found is None else Dispatched(*found, routing)
+    def as_routed(self) -> bool:
+        return True
 
     def plan(self, routing: Routing, experts: Experts) -> Plan:
         return plan_rows(routing, experts.dispatched_ranges, self.choice.groups)
@@ -242,6 +248,9 @@ class CapacityDispatch(Dispatch):
         slots = routing.choices if self.spec.count == "assignments" else 1
         places = capacities(tokens, slots, experts.kinds, factor, self.spec.tau)
         return [min(count, routing.expert_NK.numel()) for count in places]
+
+    def as_routed(self) -> bool:
+        return self.factor is None
 
     def limited(self, routing: Routing, experts: Experts) -> Routing:
         if self.factor is None:

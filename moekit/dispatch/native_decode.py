@@ -30,7 +30,7 @@ def decoded(
     None where these tensors are none that the kernels take as they lie.
 
     Args:
-        x_ND: plain tokens, from 1 on.
+        x_ND: plain tokens, from 1 on, that fit the bank and the routing.
         expert_NK: the experts of each, every slot used.
         weight_NK: combine weights.
         bank: the experts.

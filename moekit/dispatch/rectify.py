@@ -156,8 +156,16 @@ class RectifiedDispatch(Dispatch):
         factor = spec.eval_factor
         self.in_evaluation = None if factor is None else spec.replace(factor=factor)
 
+    @property
+    def in_force(self) -> Rectified | None:
+        """What limits: that of training, or that of evaluation; None for nothing."""
+        return self.spec if self.training else self.in_evaluation
+
+    def as_routed(self) -> bool:
+        return self.in_force is None
+
     def limited(self, routing: Routing, experts: Experts) -> Routing:
-        spec = self.spec if self.training else self.in_evaluation
+        spec = self.in_force
         if spec is None:
             return routing
         return rectify(routing, spec, ranges=experts.dispatched_ranges).routing

@@ -13,8 +13,8 @@ from feed_forward_problems import Problem
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from moekit import Bank, Copy, Dropless, SwiGLU
-from moekit.dispatch import choice
+from moekit import Bank, Copy, SwiGLU
+from moekit.dispatch import Capacity, DispatchSpec, Dropless, Rectified, choice
 from moekit.dispatch.fused import composed
 from moekit.dispatch.native_decode import MOST_ROWS, decoded
 from moekit.dispatch.native_library import library
@@ -23,6 +23,7 @@ from moekit.routing import Routing
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler here")
 
+DROPLESS = Dropless()
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 ONE = Problem(tokens=1, experts=8, k=2, width=64, hidden=48)
 PROBLEMS = {
@@ -113,7 +114,11 @@ def test_what_is_not_taken(name: str) -> None:
 
 
 def layer_calls(
-    monkeypatch: pytest.MonkeyPatch, experts: Experts, tokens: int = 3, backend: str = "auto"
+    monkeypatch: pytest.MonkeyPatch,
+    experts: Experts,
+    tokens: int = 3,
+    dispatch: DispatchSpec = DROPLESS,
+    training: bool = True,
 ) -> tuple[Tensor, list[str]]:
     """The output of a layer's dispatch, and whether it came from one call."""
     calls: list[str] = []
@@ -127,8 +132,7 @@ def layer_calls(
     torch.manual_seed(0)
     expert_NK = torch.rand(tokens, count).topk(2).indices
     routing = Routing(expert_NK, torch.rand(tokens, 2), count, full=True)
-    dispatch = Dropless(backend=backend).build()  # type: ignore[arg-type]
-    done = dispatch(torch.randn(tokens, experts.width), routing, experts)
+    done = dispatch.build().train(training)(torch.randn(tokens, experts.width), routing, experts)
     assert done.rows_E.equal(routing.load_E()[: experts.dispatched])
     return done.y_ND, calls
 
@@ -144,17 +148,29 @@ def test_a_layer_decodes_where_no_gradient_is_asked_for(
 ) -> None:
     with torch.no_grad(), caplog.at_level(logging.INFO, logger="moekit"):
         y_ND, calls = layer_calls(monkeypatch, bank)
-        wanted_ND, _ = layer_calls(monkeypatch, bank, backend="loop")
+        wanted_ND, _ = layer_calls(monkeypatch, bank, dispatch=Dropless(backend="loop"))
     assert calls == ["decoded"]
     torch.testing.assert_close(y_ND, wanted_ND)
     assert "experts run through native (cpu, torch.float32)" in caplog.text
 
 
-OTHERWISE: dict[str, tuple[AbstractContextManager[object], int, str]] = {
-    "a gradient may be asked for": (nullcontext(), 3, "auto"),
-    "another backend is named": (torch.no_grad(), 3, "streamed"),
-    "there are many tokens": (torch.no_grad(), MOST_ROWS // 2 + 1, "auto"),
-    "there are no tokens": (torch.no_grad(), 0, "auto"),
+@torch.no_grad()
+@pytest.mark.parametrize("spec", [Capacity(factor=2.0), Rectified(factor=2.0)])
+def test_a_limit_that_is_off_in_evaluation_does_not_stand_in_the_way(
+    spec: DispatchSpec, bank: Experts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    y_ND, calls = layer_calls(monkeypatch, bank, dispatch=spec, training=False)
+    wanted_ND, _ = layer_calls(monkeypatch, bank, dispatch=Dropless(backend="loop"))
+    assert calls == ["decoded"]
+    torch.testing.assert_close(y_ND, wanted_ND)
+
+
+OTHERWISE: dict[str, tuple[AbstractContextManager[object], int, DispatchSpec]] = {
+    "a gradient may be asked for": (nullcontext(), 3, DROPLESS),
+    "another backend is named": (torch.no_grad(), 3, Dropless(backend="streamed")),
+    "there are many tokens": (torch.no_grad(), MOST_ROWS // 2 + 1, DROPLESS),
+    "there are no tokens": (torch.no_grad(), 0, DROPLESS),
+    "a limit is on": (torch.no_grad(), 3, Capacity(factor=8.0)),
 }
 
 
@@ -162,9 +178,9 @@ OTHERWISE: dict[str, tuple[AbstractContextManager[object], int, str]] = {
 def test_a_layer_does_not_decode_where(
     name: str, bank: Experts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context, tokens, backend = OTHERWISE[name]
+    context, tokens, dispatch = OTHERWISE[name]
     with context:
-        _, calls = layer_calls(monkeypatch, bank, tokens, backend)
+        _, calls = layer_calls(monkeypatch, bank, tokens, dispatch)
     assert not calls
 
 
@@ -188,6 +204,6 @@ def test_a_layer_that_is_watched_or_hooked_does_not_decode(
 def test_zero_computation_experts_keep_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = Bank((SwiGLU(count=4, hidden=48), Copy(2))).build(64)
     y_ND, calls = layer_calls(monkeypatch, bank)
-    wanted_ND, _ = layer_calls(monkeypatch, bank, backend="loop")
+    wanted_ND, _ = layer_calls(monkeypatch, bank, dispatch=Dropless(backend="loop"))
     assert not calls
     torch.testing.assert_close(y_ND, wanted_ND)
