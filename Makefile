@@ -41,7 +41,7 @@ demo: $(READY) ## compare designs with the default settings into runs/demo (DEMO
 
 .PHONY: test
 test: lint docs ## lint, build the docs and run the default tests, one process a core
-	$(PY) -m pytest --numprocesses auto --maxprocesses 8
+	$(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: slow
 slow: $(READY) ## run the tests marked slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -187,8 +188,9 @@ class MoE(nn.Module):
         if x.shape[-1:] != (width,):
             raise SpecError(f"x is {tuple(x.shape)}; this layer is for rows (..., {width})")
         carry = Carry() if carry is None else carry
-        signals = self._with_scopes(x, Signals() if signals is None else signals)
-        signals = signals.replace(previous_logits_NE=carry.logits_NE, experts=self.experts)
+        own: dict[str, Any] = {"previous_logits_NE": carry.logits_NE, "experts": self.experts}
+        signals = Signals(**own) if signals is None else signals.replace(**own)
+        signals = self._with_scopes(x, signals)
         x_ND = x.flatten(0, -2)
         x_ND = x_ND if self.adapter is None else self.adapter(x_ND)
         routing = self.router(x_ND, signals)
@@ -200,9 +202,7 @@ class MoE(nn.Module):
             routing=routing,
             rows_E=done.rows_E,
             dropped=_dropped(routing, done.routing),
-            carry=carry
-            if routing.logits_NE is None
-            else carry.replace(logits_NE=routing.logits_NE),
+            carry=carry if routing.logits_NE is None else Carry(routing.logits_NE, carry.momentum),
         )
 
     def _with_scopes(self, x: Tensor, signals: Signals) -> Signals:

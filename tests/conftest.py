@@ -7,6 +7,7 @@ import os
 # The Hugging Face libraries read this once, when they are first imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of every later search for garbage what is there by now.
+
+    That is torch, transformers and all tests, half a second of objects, and each training and each
+    measurement of memory searches several times.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
