@@ -72,11 +72,12 @@ class Choice:
 
         Those serve the loop, which is the oracle; tracing, compiling and transforms of torch.func;
         modes that look at every operation, such as counters of FLOPs; padded rows; and tensors that
-        are no plain ones (meta, fake, distributed). What counts is the dtype that autocast gives
-        the operands.
+        are no plain ones (meta, fake, distributed), or not in one place, which those refuse. What
+        counts is the dtype that autocast gives the operands.
         """
         plain = self.name != "loop" and _plain(x_ND, *bank.tensors)
-        if not plain or isinstance(plan.groups, PaddedGroups):
+        together = x_ND.device == bank.up_EJD.device == bank.down_EOH.device
+        if not (plain and together) or isinstance(plan.groups, PaddedGroups):
             return None
         dtype = autocast_dtype(x_ND)
         found = self._find(x_ND, plan, bank, dtype)
@@ -103,7 +104,7 @@ class Choice:
         up_EJD = bank.up_EJD
         if (
             up_EJD.shape[0] != routing.experts
-            or not up_EJD.is_cpu
+            or not (up_EJD.is_cpu and bank.down_EOH.is_cpu)
             or torch.is_autocast_enabled("cpu")
             or not _plain(x_ND, routing.expert_NK, routing.weight_NK, *bank.tensors)
         ):

@@ -138,8 +138,13 @@ class Routing:
         Kernels would read beyond their ends.
 
         Raises:
-            SpecError: sizes differ.
+            SpecError: sizes or devices differ.
         """
+        if x_ND.device != self.expert_NK.device:
+            raise SpecError(
+                f"tokens are on {x_ND.device} and the routing is on {self.expert_NK.device}; "
+                "move one to the other"
+            )
         if x_ND.shape != (self.tokens, width):
             raise SpecError(
                 f"tokens are {tuple(x_ND.shape)}; wanted ({self.tokens}, {width}), by the routing "

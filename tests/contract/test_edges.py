@@ -183,6 +183,24 @@ def test_tokens_or_experts_that_a_routing_is_not_of_are_refused(
         dispatch.build()(torch.randn(shape), routing, bank)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dispatch", ALL_DISPATCHES, ids=label)
+def test_what_lies_on_several_devices_is_refused(dispatch: DispatchSpec, grad: bool) -> None:
+    """Kernels would take addresses of one for those of another."""
+    bank, x_ND = SwiGLU(count=EXPERTS, hidden=8).build(8), torch.randn(6, 8)
+    expert_NK, weight_NK = torch.zeros(6, 2, dtype=torch.int64), torch.rand(6, 2)
+    given = {"scores_NE": torch.rand(6, EXPERTS), "scope_N": torch.arange(6), "scopes": 6}
+    routing = Routing(expert_NK, weight_NK, EXPERTS, full=True, **given)
+    away = Routing(expert_NK.to("meta"), weight_NK.to("meta"), EXPERTS, full=True)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(SpecError, match="on cpu and the routing is on meta"):
+            dispatch.build()(x_ND, away, bank)
+        if isinstance(dispatch, Merged):  # plain operations throughout, which torch looks after
+            return
+        with pytest.raises((RuntimeError, NotImplementedError), match="device"):
+            dispatch.build()(x_ND, routing, bank.to("meta"))
+
+
 @pytest.mark.parametrize("router", [TopK(k=2), Hash(k=1)], ids=label)
 @pytest.mark.parametrize("shape", [(3, 7), (2, 3, 9), (8, 0), ()])
 def test_rows_of_another_width_are_refused(router: RouterSpec, shape: tuple[int, ...]) -> None:
