@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def run_apart(
         return worker.attend(reporter)
 
 
-def _processes(device: str) -> SpawnContext | ForkServerContext:
+def _processes(device: str) -> BaseContext:
     """Where processes come from that have nothing of this one's.
 
     On a CPU they are forked off a server that has imported what a run needs and done nothing else,
@@ -89,11 +90,11 @@ class _Settings:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the reporter tells
 
 
-def _serve(processes: ForkServerContext) -> None:
+def _serve(processes: BaseContext) -> None:
     """See that the server runs and has imported what it should, which an interrupt may end."""
     with _interrupts_kept_here():
         forkserver.ensure_running()
-    first = processes.Process(target=_nothing)
+    first: BaseProcess = processes.Process(target=_nothing)  # type: ignore[attr-defined]
     first.start()
     first.join()
 
@@ -111,18 +112,17 @@ class _Worker:
         function: Callable[..., Any],
         before: Sequence[Any],
         after: Sequence[Any],
-        processes: SpawnContext | ForkServerContext,
+        processes: BaseContext,
     ) -> None:
         self._name = name
         self._processes = processes
         self._receiver, self._sender = processes.Pipe(duplex=False)
         given = (self._sender, _Settings.present(), function, tuple(before), tuple(after))
-        self._process: SpawnProcess | ForkServerProcess
-        self._process = processes.Process(target=_work, args=given)
+        self._process: BaseProcess = processes.Process(target=_work, args=given)  # type: ignore[attr-defined]
 
     def __enter__(self) -> _Worker:
         try:
-            if isinstance(self._processes, ForkServerContext):
+            if self._processes.get_start_method() == "forkserver":
                 _serve(self._processes)
             with _interrupts_kept_here():
                 self._process.start()
