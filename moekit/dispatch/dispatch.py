@@ -138,7 +138,7 @@ class Dispatch(nn.Module):
 
     def plan(self, routing: Routing, experts: Experts) -> Plan:
         """The rows to run."""
-        raise NotImplementedError
+        return plan_rows(routing, experts.dispatched_ranges, self.choice.groups)
 
     def bank(self, plan: Plan, experts: Experts) -> Run:
         """What computes the plan's rows: the bank as it is."""
@@ -181,9 +181,6 @@ class DroplessDispatch(Dispatch):
 
     def as_routed(self) -> bool:
         return True
-
-    def plan(self, routing: Routing, experts: Experts) -> Plan:
-        return plan_rows(routing, experts.dispatched_ranges, self.choice.groups)
 
 
 @dataclass(frozen=True)
@@ -261,7 +258,7 @@ class CapacityDispatch(Dispatch):
 
     def plan(self, routing: Routing, experts: Experts) -> Plan:
         if not self.spec.pad or self.factor is None:
-            return plan_rows(routing, experts.dispatched_ranges, self.choice.groups)
+            return super().plan(routing, experts)
         places = self.capacity(routing, experts, self.factor)
         start = experts.dispatched_ranges[0][0]
         return plan_places(routing, experts.dispatched_ranges, places[start])

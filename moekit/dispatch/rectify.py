@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from moekit.dispatch.dispatch import Dispatch, DispatchSpec
-from moekit.dispatch.plan import Plan, plan_rows
 from moekit.errors import SpecError
 from moekit.experts.experts import Experts
 from moekit.routing.ids import count_ids, queue_positions
@@ -169,9 +168,6 @@ class RectifiedDispatch(Dispatch):
         if spec is None:
             return routing
         return rectify(routing, spec, ranges=experts.dispatched_ranges).routing
-
-    def plan(self, routing: Routing, experts: Experts) -> Plan:
-        return plan_rows(routing, experts.dispatched_ranges, self.choice.groups)
 
 
 @dataclass(frozen=True)
