@@ -155,7 +155,7 @@ def test_gradients_equal_finite_differences(case: Case) -> None:
     names = [n for n, _ in layer.named_parameters()]
 
     def output(x_ND: Tensor, logits_NE: Tensor, *values: Tensor) -> Tensor:
-        torch.manual_seed(0)  # the same jitter and noise at every evaluation
+        torch.default_generator.manual_seed(0)  # the same jitter and noise at every evaluation
         carry = inputs.carry.replace(logits_NE=logits_NE)
         given = dict(zip(names, values, strict=True))
         return torch.func.functional_call(layer, given, (x_ND, inputs.signals, carry)).y
@@ -171,7 +171,7 @@ def test_gradients_of_torch_func_equal_those_of_autograd(case: Case) -> None:
     layer, inputs = case.layer(torch.float64, seed=2), Inputs.make(5, torch.float64, seed=3)
 
     def output(x_ND: Tensor, given: dict[str, Tensor]) -> Tensor:
-        torch.manual_seed(0)  # the same jitter and noise both times
+        torch.default_generator.manual_seed(0)  # the same jitter and noise both times
         arguments = (x_ND, inputs.signals, inputs.carry)
         y: Tensor = torch.func.functional_call(layer, given, arguments).y
         return y.square().sum()
@@ -188,9 +188,9 @@ def test_gradients_of_torch_func_equal_those_of_autograd(case: Case) -> None:
 def test_backends_agree_to_the_last_bits(case: Case) -> None:
     layer, inputs = case.layer(), Inputs.make(13)
     other = Case(case.router, case.experts, Dropless()).layer()
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     loop = layer(inputs.x_ND, inputs.signals, inputs.carry).y
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     grouped = other(inputs.x_ND, inputs.signals, inputs.carry).y
     torch.testing.assert_close(grouped, loop, rtol=1e-5, atol=1e-6)
 
@@ -226,7 +226,7 @@ def test_rows_are_those_that_reach_a_product(case: Case, products) -> None:
 @EVERY_CASE
 def test_same_seed_same_bits(case: Case) -> None:
     def once() -> list[Tensor]:
-        torch.manual_seed(4)
+        torch.default_generator.manual_seed(4)
         layer, inputs = case.layer(), Inputs.make(9)
         out = layer(inputs.x_ND, inputs.signals, inputs.carry)
         out.y.square().sum().backward()

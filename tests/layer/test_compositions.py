@@ -151,7 +151,7 @@ COMPOSITIONS: dict[str, MoESpec | list[Any]] = {
 
 
 def model_of(layers: MoESpec | list[Any]) -> MoEDecoderForCausalLM:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     depth = len(layers) if isinstance(layers, list) else 2
     config = MoEDecoderConfig(
         vocab_size=32,
@@ -190,7 +190,7 @@ def check(layers: MoESpec | list[Any], folder: Path, steps: int = 1) -> MoEDecod
     for training in (False, True):
         found = []
         for each in (model, loaded):
-            torch.manual_seed(1)  # of noise and jitter
+            torch.default_generator.manual_seed(1)  # of noise and jitter
             found.append(each.train(training)(ids, labels=ids))
         assert torch.equal(found[0].logits, found[1].logits)
         assert torch.equal(found[0].loss, found[1].loss)
@@ -227,7 +227,7 @@ def test_momentum_that_is_off_changes_no_bit_of_any_router(router: RouterSpec) -
     found = []
     for rule in (Plain(), HeavyBall(mu=0.0, gamma=1.0)):
         model = model_of(spec.replace(residual=rule)).train()
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         output = model(ids, labels=ids)
         output.loss.backward()
         found.append([output.logits, output.loss, *(p.grad for p in model.parameters())])

@@ -134,7 +134,7 @@ def gradient_of(ours: Tensor) -> Tensor:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", BLOCKS)
 def test_same_weights_same_outputs_and_gradients(name: str, seed: int) -> None:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     block, spec = BLOCKS[name]()
     block.train()
     randomise(block)
@@ -219,7 +219,7 @@ def test_deepseek_v2_selection() -> None:
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_switch_balance_is_load_balancing_loss_func(k: int, masked: bool) -> None:
     """Over three layers at once: transformers pools the layers, our scope global."""
-    torch.manual_seed(k)
+    torch.default_generator.manual_seed(k)
     layers = [MoESpec(TopK(k=k), BANK).build(WIDTH) for _ in range(3)]
     for layer in layers:
         nn.init.normal_(layer.router.weight)
