@@ -46,11 +46,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def pytest_collection_finish() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _searched_once() -> None:
     """Leave out of every later search for garbage what is there by now.
 
-    That is torch, transformers and all tests, half a second of objects, and each training and each
-    measurement of memory searches several times.
+    That is torch, transformers, all tests, and what earlier tests made torch and sympy import and
+    keep: up to seconds of objects, and each training and each measurement of memory searches
+    several times.
     """
     gc.collect()
     gc.freeze()

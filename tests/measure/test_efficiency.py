@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -32,6 +33,7 @@ from moekit.measure import (
     parameter_counts,
 )
 from moekit.measure.flops import flop_counter
+from moekit.measure.memory import collecting_only_what_is_new
 from moekit.models.language import MoEDecoderConfig, MoEDecoderForCausalLM
 
 WIDTH, VOCABULARY, TIME = 16, 32, 8
@@ -243,6 +245,17 @@ def test_peak_memory_sees_an_allocation_that_is_gone_again() -> None:
     with PeakMemory(cpu) as busy:
         torch.ones(50_000_000).sum()
     assert busy.bytes - idle.bytes > 150_000_000
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_objects_are_set_apart_for_measurements_only_as_long_as_asked_for(apart: bool) -> None:
+    gc.unfreeze()
+    if apart:
+        gc.freeze()
+    with collecting_only_what_is_new():
+        assert gc.get_freeze_count() > 1000
+    assert (gc.get_freeze_count() > 0) == apart
+    gc.freeze()  # as it was
 
 
 @pytest.mark.gpu
