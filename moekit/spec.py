@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import inspect
 import sys
 import types
@@ -27,12 +26,15 @@ from typing import Any, ClassVar, Literal, Self
 
 from moekit.errors import SpecError
 
+TypedFields = tuple[tuple[dataclasses.Field[Any], Any], ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """Base of every spec. Subclasses are frozen dataclasses and put their checks in ``check``."""
 
     abstract: ClassVar[bool] = True
+    _typed_fields: ClassVar[TypedFields]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -112,10 +114,12 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-@functools.cache  # reading annotations takes a good part of a millisecond
-def _fields(cls: type) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
-    hints = typing.get_type_hints(cls)
-    return tuple((f, hints[f.name]) for f in dataclasses.fields(cls))
+def _fields(cls: type[Spec]) -> TypedFields:
+    """The fields of a kind, read once: reading annotations takes a good part of a millisecond."""
+    if "_typed_fields" not in vars(cls):
+        hints = typing.get_type_hints(cls)
+        cls._typed_fields = tuple((f, hints[f.name]) for f in dataclasses.fields(cls))
+    return cls._typed_fields
 
 
 def _freeze(value: Any) -> Any:

@@ -86,15 +86,15 @@ class Native(Backend):
             kept = {name: call.room(name, rows, size) for name, size in sizes.items()}
         grad_NK = call.room("grad_NK", *plan.weight_NK.shape)
         found = Gradients()
-        asked = ((bank.up_EJD, wanted.up), (bank.down_EOH, wanted.down))
-        call.expect_gradients(sum(weight.nbytes for weight, wants in asked if wants), plan.groups)
         if wanted.x:
             grad_x_ND = call.room("grad_x_ND", *x_ND.shape, dtype=x_ND.dtype)
             found = found._replace(x_ND=grad_x_ND)
         if wanted.up:
-            found = found._replace(up_EJD=call.gradient("grad_up_EJD", *bank.up_EJD.shape))
+            grad_up_EJD = call.gradient("grad_up_EJD", plan.groups, *bank.up_EJD.shape)
+            found = found._replace(up_EJD=grad_up_EJD)
         if wanted.down:
-            found = found._replace(down_EOH=call.gradient("grad_down_EOH", *bank.down_EOH.shape))
+            grad_down_EOH = call.gradient("grad_down_EOH", plan.groups, *bank.down_EOH.shape)
+            found = found._replace(down_EOH=grad_down_EOH)
         call.run("backward")
         return self._others(found, plan, bank, wanted, grad_NK, kept)
 

@@ -23,7 +23,7 @@ struct Call {
   const void* grad_NO;
   Size grad_ld;
   Size in_pairs;  // stages are then bfloat16, and none is kept
-  Size cleared;   // whether the memory for gradients of weights is zero
+  Size zero_grad_up, zero_grad_down;  // whether their memory is zero
   float *grad_RO, *back_RJ;  // null unless these stages are to be kept
   float* grad_NK;
   void *grad_x_ND, *grad_up_EJD, *grad_down_EOH;

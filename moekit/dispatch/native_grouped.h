@@ -19,7 +19,7 @@ struct GroupedCall {
   const void* right_RO;  // rows, for gradients (E, I, O)
   Size right_ld, right_width;
   void* out;
-  Size cleared;  // whether `out` is zero
+  Size zero_out;  // whether the memory of `out` is zero
 };
 
 namespace {
@@ -130,7 +130,7 @@ void grouped_gradient(const GroupedCall& call) {
     right.fill();
     meet();
     weight_gradient(groups, left.matrix(), right.matrix(), out);
-    if (!call.cleared) clear_unused(groups, call.left_width * call.right_width, out);
+    if (!call.zero_out) clear_unused(groups, call.left_width * call.right_width, out);
   }
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from moekit.experts.groups import RowGroups
 FIELDS = (
     *("threads", "experts", "rows", "count_E", "left_RI", "left_ld", "left_width"),
     *("weight", "weight_expert", "weight_ld", "along_result", "bias_EO"),
-    *("right_RO", "right_ld", "right_width", "out", "cleared"),
+    *("right_RO", "right_ld", "right_width", "out", "zero_out"),
 )
 
 
@@ -72,9 +71,7 @@ def _gradient(groups: RowGroups, left_RI: Tensor, right_RO: Tensor) -> Tensor:
     """``leftᵀ right`` over each expert's rows, (E, I, O)."""
     call = _Call(groups, left_RI, right_RO.shape[1])
     call.give_rows("right_RO", "right_ld", right_RO)
-    shape = (groups.experts, left_RI.shape[1], right_RO.shape[1])
-    call.expect_gradients(math.prod(shape) * left_RI.element_size(), groups)
-    out_EIO = call.gradient("out", *shape)
+    out_EIO = call.gradient("out", groups, groups.experts, left_RI.shape[1], right_RO.shape[1])
     call.run("gradient")
     return out_EIO
 

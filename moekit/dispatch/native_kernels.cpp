@@ -117,9 +117,10 @@ float pull_back(Size hidden, const T* inner_J, const float* back_H, float weight
 // Gradients of the weights of experts without rows, unless they lie in memory that is zero.
 template <class T>
 void clear(const Call& call, const Groups& groups, T* grad_up_EJD, T* grad_down_EOH) {
-  if (call.cleared) return;
-  if (grad_up_EJD) clear_unused(groups, 2 * call.hidden * call.width, grad_up_EJD);
-  if (grad_down_EOH) clear_unused(groups, call.out_width * call.hidden, grad_down_EOH);
+  if (grad_up_EJD && !call.zero_grad_up)
+    clear_unused(groups, 2 * call.hidden * call.width, grad_up_EJD);
+  if (grad_down_EOH && !call.zero_grad_down)
+    clear_unused(groups, call.out_width * call.hidden, grad_down_EOH);
 }
 
 // The combine weights' gradients; slots without a row keep zero.

@@ -47,17 +47,17 @@ FIELDS = (
     *("count_E", "assignment_R", "weight_NK", "half_weights", "x_ND", "x_ld"),
     *("up_EJD", "up_expert", "up_ld", "down_EOH", "down_expert", "down_ld"),
     *("up_bias_EJ", "down_bias_EO", "inner_RJ", "y_NO", "grad_NO", "grad_ld"),
-    *("in_pairs", "cleared"),
+    *("in_pairs", "zero_grad_up_EJD", "zero_grad_down_EOH"),
     *("grad_RO", "back_RJ", "grad_NK", "grad_x_ND", "grad_up_EJD", "grad_down_EOH"),
 )
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of all operands
 
 # Work, in multiply-adds, below which one thread is done before a second one is awake.
 ONE_THREAD = 2**20
-ONE_THREAD_WRITES = 2**18  # bytes of gradients, likewise
-# Bytes of gradients from which on their memory is fresh from the system each time, whoever asks
-# for it, so that pages of experts without rows need never be touched.
-FRESH = 2**26
+ONE_THREAD_WRITES = 2**18  # bytes of a gradient, likewise
+# Bytes of a gradient from which on its memory is fresh from the system each time, whoever asks for
+# it (glibc keeps no larger blocks), so that pages of experts without rows need never be touched.
+FRESH = 2**25
 
 
 def packed(fields: dict[str, int]) -> bytes:
@@ -97,24 +97,20 @@ class KernelCall:
         self.give(name, tensor)
         return tensor
 
-    def expect_gradients(self, size: int, groups: RowGroups) -> None:
-        """Prepare for gradients of weights of so many bytes, which several threads write if large.
+    def gradient(self, name: str, groups: RowGroups, *shape: int) -> Tensor:
+        """Memory for a weight's gradient, which several threads write if it is large.
 
-        Where most experts have no rows, their pages come zeroed from the system when, and if, they
-        are read.
+        Where most experts have no rows, the pages of these come zeroed from the system when, and
+        if, they are read.
         """
+        size = math.prod(shape) * self.dtype.itemsize
         if size >= ONE_THREAD_WRITES:
             self.fields["threads"] = torch.get_num_threads()
-        if size >= FRESH:
-            used = int((groups.count_E > 0).sum())
-            self.fields["cleared"] = 2 * used < self.fields["experts"]
-
-    def gradient(self, name: str, *shape: int) -> Tensor:
-        """Memory for a weight's gradient."""
-        if not self.fields["cleared"]:
+        if size < FRESH or 2 * int((groups.count_E > 0).sum()) >= groups.experts:
             return self.room(name, *shape, dtype=self.dtype)
         tensor = untouched(shape, self.dtype)
         self.give(name, tensor)
+        self.fields[f"zero_{name}"] = True
         return tensor
 
     def run(self, name: str) -> None:

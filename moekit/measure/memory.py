@@ -61,8 +61,8 @@ def collecting_only_what_is_new() -> Iterator[None]:
     """Within, garbage is looked for only among what is made within.
 
     For many measurements in a row: to look at all objects of a process in which torch and
-    transformers are loaded takes a third of a second each time. A process that has set objects apart
-    itself is left as it is.
+    transformers are loaded takes a third of a second each time. A process that has set objects
+    apart itself is left as it is.
     """
     gc.collect()
     apart = gc.get_freeze_count() > 0
