@@ -132,9 +132,8 @@ def test_activation_checkpointing_changes_nothing(case: Case) -> None:
         stack = Stack(case.layer(seed=1), case.layer(seed=2), recompute)
         specs = () if kind is None else (kind,)
         losses = RoutingLosses([LossSite(specs, layer.router) for layer in stack.layers])
-        torch.default_generator.manual_seed(
-            3
-        )  # jitter and noise must come out the same when recomputed
+        # Jitter and noise must come out the same when recomputed.
+        torch.default_generator.manual_seed(3)
         outputs = stack(Inputs.make(9))
         total, values = losses([out.routing for out in outputs])
         (outputs[-1].y.square().sum() + total).backward()
