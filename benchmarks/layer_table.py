@@ -65,7 +65,7 @@ def joined(results: list[dict[str, Any]], note: str) -> dict[str, Any]:
         if other["machine"] != first["machine"]:
             raise SystemExit(f"results of two machines: {first['machine']}, {other['machine']}")
     if len(results) == 1:
-        return first
+        return first | {"note": note}
     timings = [timing for result in results for timing in result["timings"]]
     limits = {}
     for dtype in dict.fromkeys(t["shape"]["dtype"] for t in timings):

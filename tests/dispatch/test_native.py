@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from moekit.dispatch import native_library
 from moekit.dispatch.choice import NATIVE_IN_HALF, Choice
 from moekit.dispatch.fused import feed_forward
 from moekit.dispatch.native_backend import Native, NativeCall
-from moekit.dispatch.native_library import library, untouched
+from moekit.dispatch.native_library import KernelCall, library, untouched
 from moekit.errors import SpecError
 
 KERNELS = library()
@@ -104,6 +105,33 @@ def test_gradients_in_memory_that_is_zero_already(
     monkeypatch.setattr("moekit.dispatch.native_library.untouched", watch)
     compare(problem, dtype, "cpu", Native(), TOLERANCE[dtype])
     assert len(asked) == 2
+
+
+@needs_kernels
+@EVERY_DTYPE
+def test_only_large_gradients_are_left_in_memory_that_is_zero_already(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smaller one of the two has its zeros written."""
+    problem = Problem(tokens=3, experts=40)
+    up = (problem.experts, 2 * problem.hidden, problem.width)
+    monkeypatch.setattr(
+        "moekit.dispatch.native_library.FRESH", torch.Size(up).numel() * dtype.itemsize
+    )
+    asked = []
+
+    def watch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        asked.append(shape)
+        return untouched(shape, dtype)
+
+    def used_before(call: KernelCall, *given: Any, **named: Any) -> Tensor:
+        return room(call, *given, **named).fill_(7.0)
+
+    room = KernelCall.room
+    monkeypatch.setattr("moekit.dispatch.native_library.untouched", watch)
+    monkeypatch.setattr(KernelCall, "room", used_before)
+    compare(problem, dtype, "cpu", Native(), TOLERANCE[dtype])
+    assert asked == [up]
 
 
 @needs_kernels
